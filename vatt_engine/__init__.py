@@ -1,0 +1,1 @@
+"""VATT on PyTorch: self-supervised learning from raw video, audio and text."""

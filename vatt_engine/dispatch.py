@@ -1,0 +1,178 @@
+"""An op is a schema, a fake, and an ordered list of implementations; `use_impl(...)` forces one.
+
+Two forms share one table:
+
+- `define_op` registers a private `torch.ops.vatt.<name>` (opaque to torch.compile, no autograd of its own);
+  the `autograd.Function` that joins a forward and a backward op stands in the op's door.
+- `define_choice` selects among whole differentiable functions that torch.compile may trace through.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("vatt", "DEF")
+
+
+def _always(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op.
+
+    Args:
+        name: how `use_impl` and error messages call it.
+        device: "cpu", "cuda" or "any".
+        target: the function, or "module:function" imported on its first call.
+        missing: () -> the reason it can never run on this machine ("not built"), or None.
+        refuses: (*op arguments) -> the reason it cannot run on these, or None.
+        unmeasured: nobody has timed it on its device yet; such a one ranks below the library's.
+    """
+
+    name: str
+    device: str
+    target: str | Callable[..., Any]
+    missing: Callable[[], str | None] = _always
+    refuses: Callable[..., str | None] = _always
+    unmeasured: bool = False
+
+    def unavailable(self, device: str) -> str | None:
+        """The reason this implementation cannot run on `device` at all, or None."""
+        if self.device not in ("any", device):
+            return f"runs on {self.device}"
+        return self.missing()
+
+
+_IMPLS: dict[str, dict[str, list[Impl]]] = {}  # stem -> op -> implementations in order of preference
+_FORCED: dict[str, str] = {}  # stem -> implementation
+_WARNED: set[tuple[str, str]] = set()
+
+
+@functools.cache
+def native_missing(*, cuda: bool = False) -> str | None:
+    """The reason the native module cannot be used, or None; `cuda` asks for its CUDA kernels too."""
+    try:
+        native = importlib.import_module("vatt_engine._C")
+    except ImportError as error:
+        return f"the native module vatt_engine._C is not built ({error}); run `pip install -e .`"
+    if cuda and not native.has_cuda:
+        return "the native module was built without CUDA"
+    return None
+
+
+@functools.cache
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    return next(arg for arg in args if isinstance(arg, Tensor))
+
+
+def _pick(stem: str, op: str, args: Sequence[Any]) -> Callable[..., Any]:
+    device = _first_tensor(args).device.type
+    forced = _FORCED.get(stem)
+    reasons = []
+    for impl in _IMPLS[stem][op]:
+        if forced is not None and impl.name != forced:
+            continue
+        reason = impl.unavailable(device)
+        if reason is not None and forced is None and impl.device == device:
+            _warn_once(stem, impl.name, reason)
+        reason = reason or impl.refuses(*args)
+        if reason is None:
+            return impl.target if callable(impl.target) else _load(impl.target)
+        reasons.append(f"{impl.name}: {reason}")
+    wanted = f"implementation {forced!r}" if forced else "implementation"
+    raise RuntimeError(f"{stem}: no {wanted} of {op} on {device} ({'; '.join(reasons) or 'it has none'}).")
+
+
+@torch.compiler.disable
+def _warn_once(stem: str, name: str, reason: str) -> None:
+    if (stem, name) not in _WARNED:
+        _WARNED.add((stem, name))
+        warnings.warn(f"{stem}: {name} is not available, a slower implementation is used: {reason}", stacklevel=4)
+
+
+def define_op(stem: str, schema: str, *, fake: Callable[..., Any], impls: Sequence[Impl]) -> Callable[..., Any]:
+    """Register `torch.ops.vatt.<name>` of `schema` and return its handle.
+
+    Args:
+        stem: the op's public name, the key of `use_impl`.
+        schema: e.g. "nce_stats(Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"; nothing is mutated.
+        fake: shapes and dtypes of the outputs, run under torch.compile.
+        impls: in order of preference; each takes the schema's arguments.
+    """
+    name = schema.partition("(")[0]
+    _IMPLS.setdefault(stem, {})[name] = list(impls)
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, lambda *args: _pick(stem, name, args)(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vatt::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.vatt, name).default
+
+
+def define_choice(stem: str, impls: Sequence[Impl]) -> Callable[..., Any]:
+    """A function that runs the first of `impls` able to take its arguments; each is differentiable by itself."""
+    _IMPLS.setdefault(stem, {})[stem] = list(impls)
+
+    def call(*args: Any) -> Any:
+        return _pick(stem, stem, args)(*args)
+
+    return call
+
+
+def available_impls(stem: str, device: str) -> dict[str, str | None]:
+    """Each implementation of `stem`, in order of preference, with the reason it cannot run on `device` (or None).
+
+    >>> available_impls("attention", "cpu")["reference"] is None
+    True
+    """
+    importlib.import_module("vatt_engine.ops")
+    if stem not in _IMPLS:
+        raise ValueError(f"dispatch: op must be one of {sorted(_IMPLS)}, got {stem!r}.")
+    found: dict[str, str | None] = {}
+    for impls in _IMPLS[stem].values():
+        for impl in impls:
+            found[impl.name] = found.get(impl.name) or impl.unavailable(device)
+    return found
+
+
+def list_ops() -> list[str]:
+    """The stems of all ops."""
+    importlib.import_module("vatt_engine.ops")
+    return sorted(_IMPLS)
+
+
+@contextmanager
+def use_impl(**choice: str) -> Iterator[None]:
+    """Force implementations by op for the duration of a block: `with use_impl(nce="reference"): ...`.
+
+    A forced implementation that cannot run raises RuntimeError with the reason; nothing falls back.
+    The choice is the process's, not the thread's, since autograd may run backward in threads of its own.
+
+    Raises:
+        ValueError: an op or an implementation of that name does not exist.
+    """
+    for stem, name in choice.items():
+        known = available_impls(stem, "cpu")
+        if name not in known:
+            raise ValueError(f"use_impl: {stem} must be one of {sorted(known)}, got {name!r}.")
+    before = dict(_FORCED)
+    _FORCED.update(choice)
+    try:
+        yield
+    finally:
+        _FORCED.clear()
+        _FORCED.update(before)

@@ -1,1 +1,6 @@
 """The ops of the engine: one door each, implementations behind `vatt_engine.dispatch`."""
+
+from vatt_engine.ops.attention import attention
+from vatt_engine.ops.drop_token import drop_token, sample_keep
+
+__all__ = ["attention", "drop_token", "sample_keep"]

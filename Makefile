@@ -5,6 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 native_sources := $(wildcard csrc/*) CMakeLists.txt setup.py
@@ -21,18 +22,14 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # Build requirements first, so that the build needs no isolation (and no second download) and is pinned like the rest.
-$(VENV)/.packages: pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt setuptools pybind11 cmake ninja
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]'
+# CMake keeps its objects under build/: after a change in csrc only that is compiled.
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) | $(PY)
+	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PY) -c 'from vatt_engine import _C; print("native module:", f"CUDA {_C.cuda_archs}" if _C.has_cuda else "CPU only")'
 	@touch $@
 
-# Incremental: CMake keeps its objects under build/.
-$(VENV)/.native: $(native_sources) $(VENV)/.packages
-	$(PY) setup.py -q build_ext --inplace
-	@$(PY) -c 'from vatt_engine import _C; print("native module", _C.__version__, "for CUDA" if _C.has_cuda else "for the CPU only", _C.cuda_archs)'
-	@touch $@
-
-setup: $(VENV)/.native
+setup: $(VENV)/.installed
 
 demo: setup
 	rm -rf runs/demo
@@ -49,7 +46,7 @@ lint: setup
 	clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 bench: setup
-	$(PY) -m pytest benchmarks --benchmark-group-by=group $(BENCH_ARGS)
+	$(PY) -m pytest benchmarks --benchmark-disable-gc $(BENCH_ARGS)
 
 # A machine with a GPU brings its own torch and need not reach a package index: nothing is installed here.
 PART ?= test

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (Path(self.build_temp) / "cmake").resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept, so that a second build is quick
         options = {
             # Given every time: an isolated build leaves paths behind in the cache that no longer exist.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -43,8 +44,11 @@ struct TensorView {
 
   bool is_float() const { return dtype == DType::kFloat || dtype == DType::kHalf || dtype == DType::kBFloat16; }
 
+  bool is_empty() const { return std::find(shape.begin(), shape.begin() + ndim, 0) != shape.begin() + ndim; }
+
   // Dimensions first..last lie in memory without gaps; a dimension of size 1 has no say.
   bool is_contiguous(int first = 0) const {
+    if (is_empty()) return true;
     int64_t expected = 1;
     for (int i = ndim - 1; i >= first; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;

@@ -57,7 +57,8 @@ def tokenize_video(
         raise ValueError(f"tokenize_video: patch must be three positive sizes (t, h, w), got {tuple(patch)}.")
     if any(size < step for size, step in zip(video.shape[1:4], patch)):
         raise ValueError(
-            f"tokenize_video: video must hold at least one patch {tuple(patch)}, got [T, H, W] {tuple(video.shape[1:4])}."
+            f"tokenize_video: video must hold at least one patch {tuple(patch)}, got [T, H, W] "
+            f"{tuple(video.shape[1:4])}."
         )
     if video.dtype != torch.uint8 and not video.is_floating_point():
         raise ValueError(f"tokenize_video: video must be uint8 or float, got {video.dtype}.")

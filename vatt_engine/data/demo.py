@@ -18,8 +18,16 @@ from .demo_words import write_captions
 from .encode import write_media
 
 MAX_HELDOUT = 384  # of the 512 triples of shape, colour and motion; the others are left to train on
-_X264 = {"preset": "ultrafast", "crf": "20", "threads": "1"}
-_VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "threads": "1"}
+_ENCODERS = {  # options of the video and of the audio encoder: the fastest that keep textures and tones
+    ".mp4": (
+        {"preset": "ultrafast", "crf": "23", "threads": "1"},
+        {"b": "40000", "aac_coder": "fast"},
+    ),
+    ".webm": (
+        {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "threads": "1"},
+        {"b": "32000", "compression_level": "0"},
+    ),
+}
 
 
 class WorldSummary(NamedTuple):
@@ -131,12 +139,10 @@ def _claim(root: Path, settings: dict, clips: list[_Clip]) -> None:
         except (ValueError, KeyError, TypeError):
             found = "an unreadable world.json"
         if found != settings:
-            raise ValueError(
-                f"make_world: directory must hold {settings}, got {found} in '{root}'. Use another folder."
-            )
+            raise ValueError(f"make_world: directory must hold {settings}, got {found} in '{root}'. Name another one.")
     elif root.exists() and any(root.iterdir()):
         raise ValueError(
-            f"make_world: directory must be new or empty, got '{root}' with other files. Use another folder."
+            f"make_world: directory must be new or empty, got '{root}' with other files. Name another one."
         )
     for folder in ("train", "heldout"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -152,14 +158,15 @@ def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
     captions = write_captions(clip.combination, other, take.seconds, rng)
     path = root / clip.path
     if not path.exists():
+        options, audio_options = _ENCODERS[path.suffix]
         write_media(
             path,
             draw_frames(clip.combination, take, rng),
             fps=take.fps,
             waveform=draw_waveform(clip.combination, take, rng),
             sample_rate=take.sample_rate,
-            options=_VP9 if path.suffix == ".webm" else _X264,
-            audio_options={"b": "40000"},
+            options=options,
+            audio_options=audio_options,
         )
     return {"path": clip.path, "captions": captions, "label": list(MOTIONS).index(clip.combination.motion)}
 

@@ -67,7 +67,7 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    return 0.85 - torch.hypot(1.05 * x, y + 0.25 - 0.75 * x.abs().sqrt())
+    return 0.8 - torch.hypot(1.05 * x, y - 0.2 + 0.75 * x.abs().sqrt())
 
 
 def _notes(num: int, sharpness: float) -> Callable[[Tensor], Tensor]:
@@ -169,7 +169,7 @@ def draw_frames(combination: Combination, take: Take, rng: Random) -> Tensor:
     u, v = cos * u + sin * v, cos * v - sin * u
     alpha = (SHAPES[combination.shape].inside(u, v) * radius + 0.5).clamp(0, 1) * pose.visible
     image = _paint(image, alpha, torch.tensor(COLOURS[combination.colour].rgb) * rng.uniform(0.85, 1.0))
-    spot = ((0.17 - torch.hypot(u, v + 0.7)) * radius + 0.5).clamp(0, 1)  # shows a round shape's rotation
+    spot = ((0.17 - torch.hypot(u, v + 0.62)) * radius + 0.5).clamp(0, 1)  # shows a round shape's rotation
     image = _paint(image, alpha * spot, torch.zeros(3))
 
     grain = torch.randn(image.shape, generator=noise) * rng.uniform(2, 8)
@@ -186,7 +186,7 @@ def _background(scene: str, x: Tensor, y: Tensor, rng: Random, noise: torch.Gene
         x, y = y, x
     pattern = SCENES[scene](x + rng.uniform(0, 40), y + rng.uniform(0, 40))
     grey = rng.uniform(70, 150) + 28 * pattern + 8 * texture
-    return grey[..., None] + 10 * torch.randn(3, generator=noise)
+    return grey[..., None] + 6 * torch.randn(3, generator=noise)
 
 
 def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:

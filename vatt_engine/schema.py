@@ -146,7 +146,7 @@ class _Source:
 
     def refused(self, message: str, path: str, fields: Iterable[str]) -> ConfigError:
         """The dataclass's own complaint, with the full key and the line in place of its first words."""
-        match = re.match(r"(?:[\w.]+: )?(\w+)(?= must )", message)
+        match = re.match(r"(?:[\w.]+: )?(?:\w+\.)*(\w+)(?= must )", message)
         if match is None or match[1] not in fields:
             return ConfigError(f"{self.at(path)}: {path}: {message}".replace(": : ", ": "))
         here = f"{path}.{match[1]}".lstrip(".")

@@ -15,7 +15,7 @@ from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 
-SCHEDULE = ScheduleConfig(lr=1e-2, warmup_steps=3)
+SCHEDULE = ScheduleConfig(peak=1e-2, final=1e-3, warmup_steps=3, total_steps=12)
 
 
 class Rows(NamedTuple):
@@ -73,10 +73,10 @@ def rows(step: int, micro: int = 0, size: int = 8) -> Rows:
     return Rows(torch.randn(size, 4, generator=torch.Generator().manual_seed(1000 * step + micro)))
 
 
-def build(run_dir=None, *, module=None, loss=None, **config) -> Engine:
+def build(run_dir=None, *, module=None, loss=None, optim=None, **config) -> Engine:
     torch.manual_seed(0)
     config = EngineConfig(**{"steps": 12, "device": "cpu", **config})
-    return Engine(module or Toy(), loss or Loss(), config, OptimConfig(), SCHEDULE, run_dir=run_dir)
+    return Engine(module or Toy(), loss or Loss(), config, optim or OptimConfig(), SCHEDULE, run_dir=run_dir)
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
@@ -157,7 +157,7 @@ def test_only_trainable_parameters_move_and_the_losss_do():
 
 
 def test_clip_norm_bounds_the_gradient():
-    engine = build(loss=plain_loss, clip_norm=1e-3)
+    engine = build(loss=plain_loss, optim=OptimConfig(clip_norm=1e-3))
     out = engine.step([rows(0)])
     clipped = torch.stack([p.grad.norm() for p in engine.parameters.values()]).norm()
     assert out.grad_norm > 1e-2
@@ -211,8 +211,8 @@ def test_stops_after_too_many_skipped_in_a_row():
 def test_seeds_differ_by_every_part():
     seeds = {derive_seed(*parts) for parts in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 256, 0), (256, 0, 0))}
     assert len(seeds) == 6
-    assert derive_seed(7, 3, 1) == 7701381946856194962
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(7, 3, 1) == 209270423655585
+    assert all(0 <= seed < 2**48 for seed in seeds)
 
 
 def test_random_state_comes_back():
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     [
         ("steps", 0),
         ("accumulate", 0),
-        ("clip_norm", -1.0),
+       
         ("keep_checkpoints", 1),
         ("seed", -1),
         ("precision", "fp16"),

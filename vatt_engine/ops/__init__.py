@@ -2,5 +2,6 @@
 
 from vatt_engine.ops.attention import attention
 from vatt_engine.ops.drop_token import drop_token, sample_keep
+from vatt_engine.ops.tokenize import tokenize_video, tokenize_waveform
 
-__all__ = ["attention", "drop_token", "sample_keep"]
+__all__ = ["attention", "drop_token", "sample_keep", "tokenize_video", "tokenize_waveform"]

@@ -257,7 +257,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     [
         ("steps", 0),
         ("accumulate", 0),
-       
         ("keep_checkpoints", 1),
         ("seed", -1),
         ("precision", "fp16"),

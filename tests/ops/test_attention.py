@@ -58,7 +58,11 @@ def test_reference_is_the_definition():
             for i in range(5):
                 seen = [j for j in range(5) if key_mask[b, j]]
                 weights = [torch.exp(0.7 * q[b, h, i] @ k[b, h, j] + bias[h, i, j]) for j in seen]
-                total = sum(w * v[b, h, j] for w, j in zip(weights, seen)) / sum(weights) if seen else torch.zeros(3).double()
+                total = (
+                    sum(w * v[b, h, j] for w, j in zip(weights, seen)) / sum(weights)
+                    if seen
+                    else torch.zeros(3).double()
+                )
                 assert torch.allclose(y[b, h, i], total, atol=1e-12)
     small = inputs((1, 2, 3, 2), torch.float64, bias=True, masked=False)[:4]
     assert torch.autograd.gradcheck(lambda *t: attention_reference(*t, None, 0.0, 1.0), small)

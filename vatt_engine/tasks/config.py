@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vatt_engine.data.loader import DataConfig
+from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.config import DataConfig
 from vatt_engine.engine.engine import EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
@@ -46,6 +47,25 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def check_shapes(self) -> None:
+        """Refuse clips of another size than the model's.
+
+        Raises:
+            ConfigError: with both values.
+        """
+        model, data = self.model, self.data
+        for name, given, key, wanted in (
+            ("num_frames", data.num_frames, "video.num_frames", model.video.num_frames),
+            ("frame_size", (data.frame_size, data.frame_size), "video.frame_size", model.video.frame_size),
+            ("num_samples", data.num_samples or model.audio.num_samples, "audio.num_samples", model.audio.num_samples),
+            ("max_words", data.max_words, "text.max_words", model.text.max_words),
+        ):
+            if given != wanted:
+                raise ConfigError(
+                    f"vatt pretrain: data.{name} must equal model.{key} {wanted}, got {given}. Set both to train on "
+                    "clips of another size."
+                )
 
 
 def _official(name: str) -> PretrainConfig:
@@ -89,12 +109,22 @@ def vatt_ma_large() -> PretrainConfig:
 
 
 def demo() -> PretrainConfig:
-    """The demo world on a CPU: vatt_tiny, minutes on two cores."""
+    """The demo world on a CPU: vatt_tiny on 0.8 s of picture and sound, minutes on two cores."""
     steps = 600
+    data = DataConfig(
+        batch_size=64,
+        num_frames=8,
+        fps=10.0,
+        frame_size=48,
+        num_samples=9_600,
+        sample_rate=12_000,
+        cache="memory",
+        augment=AugmentConfig(flip=0.0, color_jitter=0.0),  # captions name colours and directions
+    )
     return PretrainConfig(
         out="runs/demo/run",
         model=model_config("vatt_tiny"),
-        data=DataConfig(batch_size=64),
+        data=data,
         schedule=ScheduleConfig(peak=1e-3, final=1e-5, warmup_steps=60, total_steps=steps),
         engine=EngineConfig(steps=steps, log_every=20, save_every=200),
     )

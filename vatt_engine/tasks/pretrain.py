@@ -93,17 +93,18 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
 
 
 def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
-    run_dir, steps = Path(config.out), config.engine.steps
+    run_dir, steps, seed = Path(config.out), config.engine.steps, config.engine.seed
     device = config.engine.torch_device()
-    resume = _open_run(run_dir, resume)
+    config.check_shapes()
 
     # ------------------------------------------------ words, data, model, loss
-    samples = read_manifest(config.data.train)
+    samples = read_training_manifest(config.data.train)
+    resume = _open_run(run_dir, resume)
     vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
-    torch.manual_seed(config.engine.seed)
+    torch.manual_seed(seed)
     model = build_model(config.model)
     load_vectors(model, config.model, config.text, vocabulary)
-    loader = Loader(samples, config.data, vocabulary, seed=config.engine.seed, quarantine=run_dir / "quarantine.jsonl")
+    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=run_dir / "quarantine.jsonl")
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
@@ -143,6 +144,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     if stopped:
         log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
     log.close()
+    loader.close()
     plot_losses(run_dir)
     return 128 + stop.received if stopped else 0
 
@@ -171,6 +173,18 @@ def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
     if found.state["extra"]["config_sha256"] != config_hash(config):
         print(f"{found.path}: saved under another config than this run's.", file=sys.stderr)
     print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
+
+
+def read_training_manifest(path: str) -> list[Sample]:
+    """The samples to train on.
+
+    Raises:
+        ValueError: no manifest was given, or it is wrong somewhere (ManifestError, with file and line).
+    """
+    if not path:
+        hint = "`vatt demo-data DIRECTORY` makes a small world with one."
+        raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
+    return read_manifest(path)
 
 
 def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:

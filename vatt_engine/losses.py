@@ -89,7 +89,7 @@ class VATTLoss(nn.Module):
         config: the form, temperature, weights and average.
         group: the processes that share one batch of negatives; all by default.
 
-    Source: paper section 3.4; official vatt/modeling/losses.
+    Source: paper section 3.4; official vatt/utils/train/objectives.py.
 
     >>> video, audio = torch.eye(4), torch.eye(4)
     >>> loss = VATTLoss()(Embeddings(video_audio=video, audio_video=audio))

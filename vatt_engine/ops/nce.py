@@ -56,7 +56,7 @@ def nce(
     Raises:
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
-    Source: paper eq. 4-5; official vatt/modeling/losses (AsymmetricNCE, SymmetricNCE).
+    Source: paper eq. 4-5; official vatt/utils/train/objectives.py (AsymmetricNCE, SymmetricNCE).
     Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
 
     >>> x = torch.eye(4)
@@ -84,7 +84,7 @@ def mil_nce(
     Raises:
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
-    Source: paper eq. 5; Miech et al. 2020; official vatt/modeling/losses.
+    Source: paper eq. 5; Miech et al. 2020; official vatt/utils/train/objectives.py.
     Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
 
     >>> mil_nce(torch.eye(4), torch.eye(4).unsqueeze(1).expand(4, 5, 4), 0.01, form="one_way").item() < 1e-6

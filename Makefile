@@ -1,0 +1,65 @@
+# `make demo` and `make test` set everything up by themselves on a machine with Python 3.11 or later and a C++ compiler.
+# VATT_CUDA=OFF builds the native module without CUDA; PYTHON=python3.12 chooses the interpreter.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+native_sources := $(wildcard csrc/*) CMakeLists.txt setup.py
+python_sources := vatt_engine kernels tests benchmarks setup.py
+
+.PHONY: help setup demo test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | lint | bench | gpu [PART=test|ops|step|data] | clean"
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
+	$(PYTHON) -m venv $(VENV)
+
+# Build requirements first, so that the build needs no isolation (and no second download) and is pinned like the rest.
+# CMake keeps its objects under build/: after a change in csrc only that is compiled.
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) | $(PY)
+	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PY) -c 'from vatt_engine import _C; print("native module:", f"CUDA {_C.cuda_archs}" if _C.has_cuda else "CPU only")'
+	@touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	rm -rf runs/demo
+	$(VENV)/bin/vatt demo-data runs/demo/world
+	$(VENV)/bin/vatt pretrain demo --data.train runs/demo/world/train.jsonl --out runs/demo/run
+	$(VENV)/bin/vatt retrieve runs/demo/run --data runs/demo/world/heldout.jsonl
+
+test: setup
+	$(PY) -m pytest $(if $(FAST),-m "not slow") tests
+
+lint: setup
+	ruff check $(python_sources)
+	ruff format --check $(python_sources)
+	clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-disable-gc $(BENCH_ARGS)
+
+# A machine with a GPU brings its own torch and need not reach a package index: nothing is installed here.
+PART ?= test
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+ifeq ($(PART),test)
+	$(PYTHON) -m pytest tests/ops tests/test_native.py -m "not slow"
+else ifeq ($(PART),ops)
+	$(PYTHON) -m pytest benchmarks
+else
+	@echo "make gpu: PART must be test or ops, got $(PART). The others are not there yet." >&2; exit 2
+endif
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info vatt_engine/_C.*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

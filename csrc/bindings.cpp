@@ -1,0 +1,16 @@
+// The Python module vatt_engine._C: one bind_<op>(m) line per op.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace vatt {
+void bind_tokenize(pybind11::module_& m);
+}  // namespace vatt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native implementations of vatt_engine's ops; tensors come in as DLPack capsules.";
+  m.attr("__version__") = VATT_VERSION;
+  m.attr("has_cuda") = static_cast<bool>(VATT_HAS_CUDA);
+  m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
+  vatt::bind_tokenize(m);
+}

@@ -1,0 +1,25 @@
+"""Seeds, threads, and the reasons for which marked tests are skipped."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    # Two workers' worth of threads at most: small tensors gain nothing from more, and runs stay comparable.
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,144 @@
+"""The native module: what it needs (nothing), what it refuses, and what nvcc made of its kernels."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from vatt_engine import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("80", "90a", "100")
+NVCC = shutil.which("nvcc")
+
+
+def test_imports_with_no_torch_no_gpu_and_no_driver():
+    code = f"""
+import importlib.util, sys
+sys.modules['torch'] = None  # importing it raises
+spec = importlib.util.spec_from_file_location('vatt_engine._C', {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+libraries = open('/proc/self/maps').read()
+print(module.__version__, [name for name in ('libcuda', 'libcudart', 'libtorch', 'libc10') if name in libraries])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split(maxsplit=1)[1] == "[]\n"
+
+
+def test_says_what_it_is():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert _C.__version__ == version, "the native module is from another version: build it again"
+    assert isinstance(_C.has_cuda, bool)
+    assert bool(_C.cuda_archs) == _C.has_cuda
+
+
+def arguments():
+    """A valid call: two frames of 4x4 pixels, patches of 1x2x2, tokens 1 and 0."""
+    return {
+        "video": torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8),
+        "keep": torch.tensor([1, 0]),
+        "out": torch.zeros(1, 2, 12),
+        "patch": [1, 2, 2],
+        "num_threads": 1,
+        "stream": 0,
+    }
+
+
+def call(**changes):
+    given = {**arguments(), **changes}
+    return _C.tokenize_patches(**{k: to_dlpack(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video": torch.zeros(1, 2, 4, 4, 3)}, r"video must be uint8 \[B, T, H, W, C\], got"),
+        ({"video": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, r"got shape \[2, 4, 4, 3\]"),
+        (
+            {"video": torch.zeros(1, 2, 4, 3, 4, dtype=torch.uint8).mT},
+            r"rows \[W, C\] without gaps, got strides \[1, 4\]",
+        ),
+        ({"keep": torch.tensor([1.0, 0.0])}, r"keep must be int64 \[K\] or \[1, K\], got"),
+        ({"keep": torch.tensor([[1], [0]])}, r"keep must be .*, got shape \[2, 1\]"),
+        ({"keep": torch.tensor([1, 8])}, r"token numbers in \[0, 8\), got 8"),
+        ({"keep": None}, r"out must be .* \[1, 8, 12\], got shape \[1, 2, 12\]"),
+        ({"out": torch.zeros(1, 12, 2).mT}, "out must be contiguous"),
+        ({"out": torch.zeros(1, 2, 12, dtype=torch.float64)}, "out must be contiguous float32, bfloat16 or float16"),
+        ({"patch": [1, 0, 2]}, r"patch must be positive, got \[1, 0, 2\]"),
+        ({"video": torch.zeros([1] * 9, dtype=torch.uint8)}, "at most 8 dimensions, got 9"),
+    ],
+)
+def test_refuses_with_the_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_takes_capsules_only_and_leaves_them_usable():
+    call()
+    with pytest.raises(TypeError, match="dltensor capsule"):
+        _C.tokenize_patches(**arguments())
+    capsule = to_dlpack(torch.ones(1, 2, 4, 4, 3, dtype=torch.uint8))
+    for _ in range(2):  # borrowed, not consumed
+        call(video=capsule)
+    assert torch.equal(torch.utils.dlpack.from_dlpack(capsule), torch.ones(1, 2, 4, 4, 3, dtype=torch.uint8))
+
+
+def test_every_half_rounds_as_torch_does():
+    """csrc/dtype.h against torch over every float16 and bfloat16 value, the ties between them and their neighbours."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "the native module was built by some C++ compiler"
+    halves = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    for dtype, name in ((torch.float16, "Half"), (torch.bfloat16, "BFloat16")):
+        values = halves.view(dtype).float()
+        ulps = torch.tensor([0, 1 << 12, (1 << 12) - 1, (1 << 12) + 1, 1 << 15, (1 << 15) - 1, (1 << 15) + 1, 77])
+        floats = (values.view(torch.int32)[:, None] + ulps.int()).flatten().view(torch.float32)
+        expected = floats.to(dtype)
+        actual = run_rounding(compiler, name, floats).view(dtype)
+        same = (actual.view(torch.int16) == expected.view(torch.int16)) | (actual.isnan() & expected.isnan())
+        assert same.all(), f"{name}: {floats[~same][:5].tolist()}"
+
+
+def run_rounding(compiler, name, floats):
+    source = f"""
+#include <cstdio>
+#include "{ROOT}/csrc/dtype.h"
+int main() {{
+  float x;
+  while (fread(&x, 4, 1, stdin) == 1) {{
+    const auto y = vatt::from_float<vatt::{name}>(x);
+    fwrite(&y.bits, 2, 1, stdout);
+  }}
+}}"""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/round"
+        subprocess.run(
+            [compiler, "-O1", "-std=c++17", "-x", "c++", "-", "-o", program], input=source.encode(), check=True
+        )
+        out = subprocess.run([program], input=floats.numpy().tobytes(), capture_output=True, check=True).stdout
+    return torch.frombuffer(bytearray(out), dtype=torch.int16)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.stem)
+def test_cuda_kernels_do_not_spill(source, tmp_path):
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", *targets, "-c", source, "-o", tmp_path / "kernel.o"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for arch in ARCHS:
+        assert f"for 'sm_{arch}'" in run.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    kernels = len(re.findall(r"Compiling entry function", run.stderr))
+    assert kernels >= len(ARCHS)
+    assert len(spills) >= kernels
+    assert set(spills) == {("0", "0", "0")}, run.stderr

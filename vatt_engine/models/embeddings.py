@@ -1,0 +1,200 @@
+"""Raw signals to tokens: patch projections, position tables, and the stem that joins them with DropToken and AGG."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vatt_engine import ops
+from vatt_engine.models import init
+from vatt_engine.models.config import AudioConfig, DropTokenConfig, PositionConfig, VideoConfig
+from vatt_engine.models.spectrogram import mel_spectrogram
+from vatt_engine.models.transformer import layer_norm
+
+
+class VoxelPatch(nn.Module):
+    """Linear projection of voxel patches [t, h, w, 3] -> D, a strided convolution without the convolution."""
+
+    def __init__(self, config: VideoConfig, dim: int) -> None:
+        super().__init__()
+        self.patch = config.patch
+        volume = config.patch[0] * config.patch[1] * config.patch[2]
+        self.weight = nn.Parameter(torch.empty(dim, volume * 3))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        init.glorot_uniform_(self.weight, volume * 3, volume * dim)  # Keras' fans of a Conv3D
+
+    def prepare(self, video: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The video itself, and its token grid."""
+        if video.ndim != 5 or video.shape[-1] != 3:
+            raise ValueError(f"video must be [B, T, H, W, 3], got shape {tuple(video.shape)}.")
+        return video, tuple(size // step for size, step in zip(video.shape[1:4], self.patch))
+
+    def forward(self, video: Tensor, keep: Tensor | None) -> Tensor:
+        return ops.tokenize_video(video, self.weight, self.bias, keep=keep, patch=self.patch)
+
+
+class WaveformPatch(nn.Module):
+    """Linear projection of `patch` consecutive samples -> D."""
+
+    def __init__(self, config: AudioConfig, dim: int) -> None:
+        super().__init__()
+        (self.patch,) = config.patch
+        self.weight = nn.Parameter(torch.empty(dim, self.patch))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        init.glorot_uniform_(self.weight, self.patch, self.patch * dim)
+
+    def prepare(self, wave: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The waveform itself, and its number of tokens."""
+        if wave.ndim != 2:
+            raise ValueError(f"audio must be [B, L], got shape {tuple(wave.shape)}.")
+        return wave, (wave.shape[1] // self.patch,)
+
+    def forward(self, wave: Tensor, keep: Tensor | None) -> Tensor:
+        return ops.tokenize_waveform(wave, self.weight, self.bias, keep=keep, patch=self.patch)
+
+
+class SpectrogramPatch(nn.Module):
+    """Linear projection of [steps, mels] patches of a log-mel spectrogram -> D."""
+
+    def __init__(self, config: AudioConfig, dim: int) -> None:
+        super().__init__()
+        self.patch, self.num_mels = config.patch, config.num_mels
+        volume = config.patch[0] * config.patch[1]
+        self.weight = nn.Parameter(torch.empty(dim, volume))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        init.glorot_uniform_(self.weight, volume, volume * dim)
+
+    def prepare(self, audio: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The spectrogram [B, steps, mels] of a waveform [B, L] (or itself), and its token grid."""
+        spectrogram = mel_spectrogram(audio, num_mels=self.num_mels) if audio.ndim == 2 else audio
+        if spectrogram.ndim != 3 or spectrogram.shape[2] != self.num_mels:
+            raise ValueError(f"audio must be [B, L] or [B, steps, {self.num_mels}], got shape {tuple(audio.shape)}.")
+        return spectrogram, tuple(size // step for size, step in zip(spectrogram.shape[1:], self.patch))
+
+    def forward(self, spectrogram: Tensor, keep: Tensor | None) -> Tensor:
+        batch = spectrogram.shape[0]
+        (steps, mels), (time, frequency) = self.patch, self.prepare(spectrogram)[1]
+        patches = spectrogram[:, : time * steps, : frequency * mels].reshape(batch, time, steps, frequency, mels)
+        patches = patches.transpose(2, 3).reshape(batch, time * frequency, steps * mels)
+        if keep is not None:
+            patches = ops.drop_token(patches, keep)
+        return F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+
+
+class PositionEmbedding(nn.Module):
+    """One learned table per axis: position[t, h, w] = LN(E_t[t] + E_h[h] + E_w[w]).
+
+    Another grid than the tables' is met by resampling each table with a cubic polyharmonic spline, as the official
+    code does (the paper calls it bi-cubic).
+
+    Args:
+        grid: tokens along each axis.
+        axes_reversed: attach positions in the order of the released spectrogram model, see `AudioConfig`.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int, config: PositionConfig, *, axes_reversed: bool = False) -> None:
+        super().__init__()
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in grid)
+        for table in self.tables:
+            init.truncated_normal_(table, dim**-0.5)
+        self.norm = layer_norm(dim) if config.norm else nn.Identity()
+        self.axes_reversed = axes_reversed
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        """Positions [N, D] of every token of `grid`, flattened with the last axis fastest."""
+        axes = range(len(self.tables))
+        total: Tensor | float = 0.0
+        for axis in axes:
+            table = resample_table(self.tables[axis], grid[axis])
+            shape = [grid[axis] if other == axis else 1 for other in axes] + [-1]
+            total = total + table.view(shape)
+        if self.axes_reversed:
+            total = total.transpose(0, 1)
+        return self.norm(total.reshape(-1, total.shape[-1]))
+
+
+def resample_table(table: Tensor, size: int) -> Tensor:
+    """Resample a position table [n, D] to [size, D] by the spline of tfa.image.interpolate_spline(order=3).
+
+    The table's rows stand at i/n and the queries at j/size, so the last queries extrapolate. Linear in the table and
+    differentiable; solved in float64.
+
+    >>> resample_table(torch.tensor([[0.0], [1.0]]), 4).flatten().tolist()
+    [0.0, 0.5, 1.0, 1.5]
+    """
+    if size == table.shape[0]:
+        return table
+    return _spline_matrix(table.shape[0], size).to(table) @ table
+
+
+@functools.lru_cache(maxsize=64)
+def _spline_matrix(num_points: int, num_queries: int) -> Tensor:
+    """M with spline(queries) = M @ values: s(x) = sum_i w_i |x - x_i|^3 + a x + b through all points, sum w = 0."""
+    if num_points == 1:
+        return torch.ones(num_queries, 1, dtype=torch.float64)
+    points = torch.arange(num_points, dtype=torch.float64) / num_points
+    queries = torch.arange(num_queries, dtype=torch.float64) / num_queries
+    system = torch.zeros(num_points + 2, num_points + 2, dtype=torch.float64)
+    system[:num_points, :num_points] = (points[:, None] - points).abs() ** 3
+    system[:num_points, num_points:] = torch.stack([points, torch.ones_like(points)], dim=1)
+    system[num_points:, :num_points] = system[:num_points, num_points:].T
+    basis = torch.cat(
+        [(queries[:, None] - points).abs() ** 3, queries[:, None], torch.ones(num_queries, 1, dtype=torch.float64)], 1
+    )
+    values_to_coefficients = torch.linalg.inv(system)[:, :num_points]
+    return basis @ values_to_coefficients
+
+
+class PatchStem(nn.Module):
+    """patches -> [Dense + GELU] -> + position, dropout -> DropToken -> AGG first.
+
+    Only the patches that DropToken keeps are projected: dropping commutes with everything before it.
+    """
+
+    def __init__(self, config: VideoConfig | AudioConfig, dim: int) -> None:
+        super().__init__()
+        is_video = isinstance(config, VideoConfig)
+        patches = VoxelPatch if is_video else WaveformPatch if config.input == "waveform" else SpectrogramPatch
+        reversed_axes = patches is SpectrogramPatch and config.spectrogram_positions == "official"
+        self.patch = patches(config, dim)
+        self.pre_projection = init.linear(dim, dim) if config.pre_projection else None
+        self.position = PositionEmbedding(config.grid, dim, config.position, axes_reversed=reversed_axes)
+        self.dropout = nn.Dropout(config.position.dropout)
+        self.agg = init.agg_token(dim)
+        self.drop_token: DropTokenConfig = config.drop_token
+        self.num_buckets = torch.Size(config.grid).numel()
+
+    def sample_keep(self, num_tokens: int, x: Tensor, seed: int | None, sample_id: Tensor | None) -> Tensor | None:
+        """The positions this step trains on, or None for all: all in evaluation, and at keep_rate 1.
+
+        The count comes from the tables' size, not from the input's, as in the official code.
+        """
+        if not self.training or self.drop_token.keep_rate == 1.0:
+            return None
+        if seed is None:
+            seed = torch.randint(2**62, (1,), device=x.device)
+        num_kept = min(self.drop_token.num_kept(self.num_buckets), num_tokens)
+        if self.drop_token.keep_mode == "sample" and sample_id is None:
+            sample_id = torch.arange(x.shape[0], device=x.device)
+        ids = sample_id if self.drop_token.keep_mode == "sample" else None
+        return ops.sample_keep(num_tokens, num_kept, seed=seed, sample_id=ids, device=x.device)
+
+    def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
+        """A raw signal -> [B, 1 + K, D], AGG at 0."""
+        x, grid = self.patch.prepare(x)
+        keep = self.sample_keep(torch.Size(grid).numel(), x, seed, sample_id)
+        tokens = self.patch(x, keep)
+        if self.pre_projection is not None:
+            tokens = F.gelu(self.pre_projection(tokens))
+        position = self.position(grid)
+        tokens = self.dropout(tokens + (position if keep is None else position[keep]))
+        return prepend(self.agg, tokens)
+
+
+def prepend(agg: Tensor, tokens: Tensor) -> Tensor:
+    """AGG [D] as row 0 of every sample's tokens [B, N, D]."""
+    return torch.cat([agg.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)

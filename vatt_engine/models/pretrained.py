@@ -1,0 +1,94 @@
+"""Models on disk: config.json + model.safetensors (+ tokenizer.json), nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from vatt_engine import schema
+from vatt_engine.models.config import EncoderConfig, VATTConfig
+from vatt_engine.models.registry import build_model
+
+_KINDS = {"VATTConfig": VATTConfig, "EncoderConfig": EncoderConfig}
+
+
+class Saveable(Protocol):
+    """A vocabulary: whatever writes itself to a path."""
+
+    def save(self, path: Path) -> None: ...
+
+
+def save_pretrained(model: nn.Module, directory: str | Path, *, vocabulary: Saveable | None = None) -> None:
+    """Write a model made by `create_model` so that `from_pretrained(directory)` gives it back.
+
+    Args:
+        model: its `config` says how to rebuild it.
+        directory: made if needed; receives config.json, model.safetensors and, with a vocabulary, tokenizer.json.
+
+    >>> save_pretrained(model, "out", vocabulary=vocabulary)  # doctest: +SKIP
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    document = {"kind": type(model.config).__name__, "config": schema.to_dict(model.config)}
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if vocabulary is not None:
+        vocabulary.save(directory / "tokenizer.json")
+
+
+def from_pretrained(directory: str | Path) -> nn.Module:
+    """Load a model that `save_pretrained` wrote, in evaluation mode.
+
+    Raises:
+        ValueError: a file is damaged, or the weights are not those of the config.
+        FileNotFoundError: a file is missing.
+
+    >>> from_pretrained("out").training  # doctest: +SKIP
+    False
+    """
+    path = Path(directory) / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kind = _KINDS[document["kind"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the file must be a config that save_pretrained wrote, got {error!r}.") from error
+    model = build_model(schema.from_dict(kind, document.get("config", {}), where=str(path)))
+    load_weights(model, Path(directory) / "model.safetensors")
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a module; every tensor must be there with its shape, and none besides.
+
+    Raises:
+        ValueError: the file is damaged, or lists what is missing, unknown or of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the file must be intact safetensors, got {error}.") from error
+    wanted = model.state_dict()
+    faults = [f"missing {name}" for name in wanted.keys() - weights.keys()]
+    faults += [f"unknown {name}" for name in weights.keys() - wanted.keys()]
+    faults += [
+        f"{name} has shape {list(weights[name].shape)}, expected {list(wanted[name].shape)}"
+        for name in wanted.keys() & weights.keys()
+        if weights[name].shape != wanted[name].shape
+    ]
+    if faults:
+        raise ValueError(f"{path}: the weights must be those of the config, got {'; '.join(sorted(faults)[:8])}.")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])

@@ -85,7 +85,7 @@ def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict
     Raises:
         ValueError: see target_ranks.
 
-    Source: paper, zero-shot text-to-video retrieval; MedR as in the official retrieval evaluation.
+    Source: official vatt/utils/eval/measures.py (there fractions, and ties in the order of a sort).
 
     >>> retrieval_metrics(torch.eye(20))
     {'R@1': 100.0, 'R@5': 100.0, 'R@10': 100.0, 'MedR': 1.0, 'chance': 50.0}

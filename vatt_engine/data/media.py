@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vatt_engine.data.streams import DEFAULT_LIMITS, MediaError, MediaLimits, Reach, Source
+from vatt_engine.data.streams import DEFAULT_LIMITS, MediaError, MediaLimits, Reach, Source, scaled_size
 
 ESTIMATED = {"mp3", "aac", "ac3", "eac3", "h264", "hevc", "m4v", "mpegvideo"}  # bare streams: FFmpeg guesses a length
 
@@ -65,6 +65,11 @@ class Track(NamedTuple):
     sample_rate: int
     num_frames: int
     num_real_samples: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds, to a whole number of frames."""
+        return self.num_frames / self.fps
 
     def cut(self, start: float, *, num_frames: int, num_samples: int) -> Clip:
         """The window from the frame nearest to `start` on, repeated where the file ends, as decode_clip does it.
@@ -137,17 +142,7 @@ def decode(
     >>> decode("clip.mp4").cut(0.0, num_frames=32, num_samples=153_600).start
     0.0
     """
-    media = Media(path, limits)
-    num_frames = media.frames_left(0.0, fps)
-    clip = media.read(
-        0.0,
-        num_frames=num_frames,
-        fps=fps,
-        num_samples=round(num_frames / fps * sample_rate),
-        sample_rate=sample_rate,
-        short_side=short_side,
-    )
-    return Track(clip.video, clip.audio, fps, sample_rate, num_frames, clip.num_real_samples)
+    return Media(path, limits).read_all(fps=fps, sample_rate=sample_rate, short_side=short_side)
 
 
 class Media:
@@ -202,6 +197,21 @@ class Media:
                 video, reached["video"] = self._source.frames(times, self.info.fps, short_side)
             self._check_reached(start, reached)
         return _repeated(video, audio, start, num_frames, num_samples, num_real)
+
+    def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> Track:
+        """The whole file; see decode."""
+        count = self.frames_left(0.0, fps)
+        num_samples = round(count / fps * sample_rate)
+        clip = self.read(
+            0.0, num_frames=count, fps=fps, num_samples=num_samples, sample_rate=sample_rate, short_side=short_side
+        )
+        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples)
+
+    def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> int:
+        """The memory that `read_all` will need."""
+        count = self.frames_left(0.0, fps)
+        width, height = scaled_size(self.info.width, self.info.height, short_side)
+        return count * width * height * 3 + round(count / fps * sample_rate) * 4 * self.info.has_audio
 
     def _describe(self, container: Any, streams: dict[str, Any]) -> MediaInfo:
         ends = {kind: self._promised_end(container, stream) for kind, stream in streams.items()}

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import torch
-from av.stream import Discard, Disposition
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 ROUNDING = 1e-3  # seconds; times in mkv, webm and flv are rounded to 1 ms
@@ -96,6 +93,9 @@ class Source:
     @contextmanager
     def opened(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The container and its best video and audio stream; whatever a playlist says, only local files are read."""
+        import av
+        from av.stream import Disposition
+
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{self.path}", container_options=options, metadata_errors="ignore") as container:
             streams = {kind: container.streams.best(kind) for kind in ("video", "audio")}
@@ -107,7 +107,7 @@ class Source:
             yield container, {kind: stream for kind, stream in streams.items() if stream is not None}
 
     def decoded(self, kind: str, start: float) -> Iterator[tuple[float, Any]]:
-        """(time, frame) of a track; the first is at or before `start`, whatever the index says, if there is such a one."""
+        """(time, frame) of a track; the first is at or before `start`, whatever the index says, where one is."""
         for preroll in (*PREROLL[kind], math.inf):
             frames = self._decoded_from(kind, start - preroll)
             first = next(frames, None)
@@ -119,6 +119,9 @@ class Source:
             yield from frames
 
     def _decoded_from(self, kind: str, target: float) -> Iterator[tuple[float, Any]]:
+        import av
+        from av.stream import Discard
+
         with self.opened() as (container, streams):
             stream = streams[kind]
             for other in container.streams:
@@ -201,6 +204,8 @@ class _Run:
     """A stretch of sound on its way through one resampler."""
 
     def __init__(self, frame: Any, sample_rate: int):
+        import av
+
         self.resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
         self.form, self.rate = _form(frame), frame.sample_rate
         self.num_in, self.origins, self.pieces = 0, [], []
@@ -222,6 +227,12 @@ class _Run:
         return statistics.median(self.origins), torch.cat(pcm) if pcm else torch.zeros(0)
 
 
+def scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    """Width and height scaled down until the short side is at most `short_side`."""
+    scale = min(1.0, (short_side or math.inf) / max(min(width, height), 1))
+    return round(width * scale), round(height * scale)
+
+
 def _form(frame: Any) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
@@ -230,6 +241,8 @@ class _Converter:
     """Decoded frames to upright RGB [H, W, 3] of one size, that of the first."""
 
     def __init__(self, short_side: int | None, source: Source):
+        from av.video.reformatter import VideoReformatter
+
         self.short_side, self.source, self.size = short_side, source, None
         self.reformatter = VideoReformatter()
 
@@ -240,7 +253,6 @@ class _Converter:
             text = f"{self.source.limits.max_pixels} pixels, got {frame.width} x {frame.height}"
             raise self.source.error(f"a frame must have at most {text}.")
         if self.size is None:
-            scale = min(1.0, (self.short_side or math.inf) / min(frame.width, frame.height))
-            self.size = round(frame.width * scale), round(frame.height * scale)
+            self.size = scaled_size(frame.width, frame.height, self.short_side)
         rgb = self.reformatter.reformat(frame, *self.size, format="rgb24", interpolation="AREA", threads=1)
         return torch.rot90(torch.from_numpy(rgb.to_ndarray()), round(frame.rotation / 90), (0, 1))

@@ -42,7 +42,7 @@ def captions_within(captions: Sequence[Caption], duration: float) -> list[Captio
 def nearest_captions(captions: Sequence[Caption], start: float, end: float, num_candidates: int) -> list[Caption]:
     """The `num_candidates` captions nearest in time to the window [start, end], nearest first, repeated if too few.
 
-    Nearest: least gap to the window (0 where they overlap), then most overlap, then nearest centre, then manifest order.
+    Nearest: least gap to the window (0 if they overlap), then most overlap, then nearest centre, then manifest order.
 
     >>> [c.text for c in nearest_captions([Caption("a", 0, 1), Caption("b", 9, 12)], 8.0, 10.0, 3)]
     ['b', 'a', 'b']

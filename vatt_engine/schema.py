@@ -104,9 +104,9 @@ class _Source:
     def __init__(self, where: str, lines: Mapping[str, int]):
         self.where, self.lines = where, lines
 
-    def error(self, path: str, expectation: str, value: Any, hint: str = "") -> ConfigError:
-        text = value if isinstance(value, _Words) else _short(value)
-        return ConfigError(f"{self.at(path)}: {path or 'the document'} must {expectation}, got {text}. {hint}".rstrip())
+    def error(self, path: str, wanted: str, value: Any, hint: str = "") -> ConfigError:
+        text = value if isinstance(value, _Words) else short(value)
+        return ConfigError(f"{self.at(path)}: {path or 'the document'} must {wanted}, got {text}. {hint}".rstrip())
 
     def at(self, path: str) -> str:
         while path and path not in self.lines:  # a missing key is reported at its section
@@ -146,7 +146,7 @@ class _Source:
 
     def refused(self, message: str, path: str, fields: Iterable[str]) -> ConfigError:
         """The dataclass's own complaint, with the full key and the line in place of its first words."""
-        match = re.match(r"(?:[\w.]+: )?(\w+)(?= must )", message)
+        match = re.match(r"(?:[\w.]+: )?(?:\w+\.)*(\w+)(?= must )", message)
         if match is None or match[1] not in fields:
             return ConfigError(f"{self.at(path)}: {path}: {message}".replace(": : ", ": "))
         here = f"{path}.{match[1]}".lstrip(".")
@@ -161,12 +161,12 @@ class _Source:
         if origin is Literal:
             if not any(type(value) is type(choice) and value == choice for choice in args):
                 hint = nearest(value, [a for a in args if isinstance(a, str)]) if isinstance(value, str) else ""
-                raise self.error(path, _expectation(Literal[args]), value, hint if hint.startswith("Did") else "")
+                raise self.error(path, expectation(Literal[args]), value, hint if hint.startswith("Did") else "")
             return value
         if origin is tuple and isinstance(value, list | tuple):
             kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
             if len(kinds) != len(value):
-                raise self.error(path, _expectation(hint), value)
+                raise self.error(path, expectation(hint), value)
             return tuple(self.convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
         if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {key: self.convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
@@ -183,7 +183,7 @@ class _Source:
                 return self.convert(kind, value, path, base)
             except ConfigError:
                 continue
-        raise self.error(path, _expectation(hint), value)
+        raise self.error(path, expectation(hint), value)
 
     def scalar(self, hint: Any, value: Any, path: str) -> Any:
         if hint is float and type(value) in (int, float):
@@ -197,19 +197,25 @@ class _Source:
             return Path(value)
         elif hint in (int, str, bool) and type(value) is hint:
             return value
-        raise self.error(path, _expectation(hint), value)
+        raise self.error(path, expectation(hint), value)
 
 
 class _Words(str):
     """Text that goes into a message as it is, not as a quoted value."""
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as messages show it: its repr, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _expectation(hint: Any) -> str:
+def expectation(hint: Any) -> str:
+    """What an annotation asks for, as the words after `must` in a message.
+
+    >>> expectation(int | None)
+    'be an integer or null'
+    """
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", Path: "a path"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in names:
@@ -221,12 +227,12 @@ def _expectation(hint: Any) -> str:
     if origin is Literal:
         return f"be one of {', '.join(map(repr, args))}"
     if origin is tuple:
-        one = _expectation(args[0]).removeprefix("be ")
+        one = expectation(args[0]).removeprefix("be ")
         return f"be a list, each {one}" if args[-1] is Ellipsis else f"be a list of {len(args)}, each {one}"
     if origin is dict:
-        return f"be a mapping of names, each value {_expectation(args[1]).removeprefix('be ')}"
+        return f"be a mapping of names, each value {expectation(args[1]).removeprefix('be ')}"
     if origin in (typing.Union, types.UnionType):
-        return "be " + " or ".join(_expectation(kind).removeprefix("be ") for kind in args)
+        return "be " + " or ".join(expectation(kind).removeprefix("be ") for kind in args)
     raise TypeError(f"schema: annotation must be one that from_dict supports, got {hint!r}")
 
 
@@ -278,7 +284,7 @@ def load_yaml(path: str | Path) -> Document:
     tree = _Tree(where)
     values = tree.values(root, "", 0)
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}:1: the document must be one valid YAML mapping, got {_short(values)}.")
+        raise ConfigError(f"{where}:1: the document must be one valid YAML mapping, got {short(values)}.")
     return Document(values, tree.lines, where)
 
 
@@ -341,7 +347,7 @@ class _Tree:
                 return None
             return int(text) if kind == "int" else float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
         except (ValueError, KeyError) as error:
-            raise self.error(node, f"{path} must be a valid {kind}, got {_short(text)}.") from error
+            raise self.error(node, f"{path} must be a valid {kind}, got {short(text)}.") from error
 
     def item(self, node: Any, path: str, depth: int) -> Any:
         self.lines[path] = node.start_mark.line + 1
@@ -351,7 +357,7 @@ class _Tree:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if key_node.id != "scalar" or key_node.tag != "tag:yaml.org,2002:str":
-                shown = _short(key_node.value) if key_node.id == "scalar" else f"a {key_node.id}"
+                shown = short(key_node.value) if key_node.id == "scalar" else f"a {key_node.id}"
                 raise self.error(key_node, f"{path or 'the document'} must have names as its keys, got {shown}.")
             key = key_node.value
             here = f"{path}.{key}".lstrip(".")

@@ -44,7 +44,7 @@ def tokenize_video(
         ValueError: shapes, dtypes or devices do not fit, the video is smaller than a patch, or (on the CPU) a token
             number lies outside the grid.
 
-    Source: paper section 3.1; official vatt/modeling/common/embeddings.py (Conv3D of kernel = stride = patch, VALID).
+    Source: paper section 3.1; official vatt/modeling/backbones/video/vitx3d.py (Conv3D, VALID).
     Implementations of the extraction: cpp (uint8), reference (plain PyTorch), cuda (uint8, unmeasured).
 
     >>> video = torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
@@ -85,7 +85,7 @@ def tokenize_waveform(
         ValueError: shapes, dtypes or devices do not fit, the waveform is shorter than a patch, or (on the CPU) a token
             number lies outside the grid.
 
-    Source: paper section 3.1; official vatt/modeling/common/embeddings.py (Conv1D of kernel = stride = patch, VALID).
+    Source: paper section 3.1; official vatt/modeling/backbones/audio/autx1d.py (Conv1D, VALID).
     Implementations of the extraction: reference (plain PyTorch).
 
     >>> tokenize_waveform(torch.ones(1, 300), torch.ones(2, 128))[0, 1].tolist()

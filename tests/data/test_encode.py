@@ -1,0 +1,181 @@
+"""data.encode: what was written is read back at the time, in the codec and with the values that were asked for."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from vatt_engine.data.encode import write_media
+
+av = pytest.importorskip("av")
+
+FLASH = 12  # the only white frame of 30
+RATE = 48_000
+
+
+def flash_frames(num_frames=30, height=64, width=96):
+    frames = torch.zeros(num_frames, height, width, 3, dtype=torch.uint8)
+    frames[FLASH] = 255
+    return frames
+
+
+def click_wave(at, seconds=3.0, rate=RATE):
+    wave, n = torch.zeros(int(seconds * rate)), torch.arange(rate // 33)
+    begin = round(at * rate)
+    wave[begin : begin + len(n)] = 0.8 * torch.sin(2 * torch.pi * 1000 * n / rate)
+    return wave
+
+
+def read_video(path):
+    """Seconds, and RGB, of each frame."""
+    with av.open(str(path)) as container:
+        frames = [(float(f.pts * f.time_base), f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    return [t for t, _ in frames], np.stack([image for _, image in frames])
+
+
+def read_audio(path):
+    """First second, the samples [L, C], the rate."""
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler("fltp")
+        frames = [out for frame in container.decode(audio=0) for out in resampler.resample(frame)]
+    wave = np.concatenate([f.to_ndarray() for f in frames], axis=1).T
+    return float(frames[0].pts * frames[0].time_base), wave, frames[0].sample_rate
+
+
+def click_time(path):
+    start, wave, rate = read_audio(path)
+    return start + np.argmax(np.abs(wave[:, 0]) > 0.2) / rate
+
+
+CODECS = [
+    (".mp4", "libx264", "aac", "h264", "aac"),
+    (".mp4", "libx265", "libmp3lame", "hevc", "mp3float"),
+    (".mp4", "libsvtav1", "libopus", "av1", "opus"),
+    (".mov", "mjpeg", "pcm_s16le", "mjpeg", "pcm_s16le"),
+    (".webm", "libvpx-vp9", "libopus", "vp9", "opus"),
+    (".mkv", "mpeg4", "flac", "mpeg4", "flac"),
+]
+TIMINGS = {
+    "10fps": {"fps": 10},
+    "ntsc": {"fps": Fraction(30000, 1001)},
+    "vfr": {"times": (torch.arange(30) * 0.07 + 0.02 * torch.sin(torch.arange(30.0))).tolist()},
+    "start": {"fps": 25, "start": 1.5},
+}
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize("case", CODECS, ids=lambda case: f"{case[1]}-{case[2]}{case[0]}")
+def test_flash_and_click_are_read_back_together(case, timing, tmp_path):
+    suffix, video_codec, audio_codec, read_as, heard_as = case
+    how = TIMINGS[timing]
+    start = how.get("start", 0.0)
+    times = np.array(how["times"]) if timing == "vfr" else np.arange(30) / float(how["fps"])
+    path = tmp_path / f"clip{suffix}"
+    codecs = {"video_codec": video_codec, "audio_codec": audio_codec}
+    write_media(path, flash_frames(), waveform=click_wave(times[FLASH]), **codecs, **how)
+    with av.open(str(path)) as container:
+        names = [stream.codec_context.name for stream in container.streams]
+    assert read_as in names[0].replace("libdav1d", "av1")
+    assert names[1] == heard_as
+    seen, frames = read_video(path)
+    tick = 1e-3 if suffix in (".mkv", ".webm") else 1 / 60_000
+    np.testing.assert_allclose(seen, start + times, atol=0.51 * tick + 1e-9)
+    assert frames.mean((1, 2, 3)).argmax() == FLASH
+    assert click_time(path) == pytest.approx(start + times[FLASH], abs=1e-3 + tick)
+
+
+def test_pixels_and_samples_survive(tmp_path):
+    colours = torch.tensor([[200, 30, 30], [30, 160, 60], [40, 60, 200], [220, 210, 40]], dtype=torch.uint8)
+    frames = colours[:, None, None].expand(4, 64, 64, 3)
+    n = torch.arange(RATE)
+    wave = torch.stack([0.5 * torch.sin(2 * torch.pi * f * n / RATE) for f in (440, 1000)], dim=1)
+    path = tmp_path / "clip.mkv"
+    write_media(path, frames.numpy(), fps=4, waveform=wave.numpy(), audio_codec="flac", options={"crf": "12"})
+    _, seen = read_video(path)
+    assert np.abs(seen.astype(int) - frames.numpy()).mean() < 4
+    start, heard, rate = read_audio(path)
+    assert (start, rate, heard.shape) == (0.0, RATE, (RATE, 2))
+    np.testing.assert_allclose(heard, wave.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".m4a", ".mp3"])
+def test_audio_alone(suffix, tmp_path):
+    path = tmp_path / f"clip{suffix}"
+    write_media(path, None, waveform=click_wave(0.5, 1.0))
+    _, wave, rate = read_audio(path)
+    assert rate == RATE
+    assert np.argmax(np.abs(wave[:, 0]) > 0.2) / rate == pytest.approx(
+        0.5, abs=1e-3
+    )  # mp3: its first time is the delay
+    assert len(wave) == pytest.approx(RATE, abs=1024)
+
+
+def test_video_alone_and_avi(tmp_path):
+    path = tmp_path / "clip.avi"
+    write_media(path, flash_frames(), fps=10)
+    seen, frames = read_video(path)
+    np.testing.assert_allclose(seen, np.arange(30) / 10)
+    assert frames.mean((1, 2, 3)).argmax() == FLASH
+    with av.open(str(path)) as container:
+        assert not container.streams.audio
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_same_input_same_bytes(suffix, tmp_path):
+    for name in ("a", "b"):
+        write_media(tmp_path / f"{name}{suffix}", flash_frames(), fps=10, waveform=click_wave(1.2))
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_failure_leaves_the_old_file(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="video_codec must be an encoder for mp4"):
+        write_media(path, flash_frames(), fps=10, video_codec="no_such_codec")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+FRAMES, WAVE = torch.zeros(3, 16, 16, 3, dtype=torch.uint8), torch.zeros(4800)
+BAD = {
+    "path must end in one of .mp4": {"path": "clip.gif", "frames": FRAMES, "fps": 5},
+    "path must be in an existing folder": {"path": "none/clip.mp4", "frames": FRAMES, "fps": 5},
+    "frames must be given when waveform is not": {"frames": None},
+    r"frames must be \[T, H, W, 3\] uint8": {"frames": FRAMES.float(), "fps": 5},
+    "frames must have an even height and width, got 15 x 16": {"frames": FRAMES[:, :15], "fps": 5},
+    "frames must be None for .wav": {"path": "clip.wav", "frames": FRAMES, "fps": 5},
+    "fps or times must be given, not both": {"frames": FRAMES},
+    "fps must be above 0 and at most 1000, got nan": {"frames": FRAMES, "fps": float("nan")},
+    "times must be 3 finite seconds": {"frames": FRAMES, "times": [0, float("nan"), 1]},
+    "times must increase": {"frames": FRAMES, "times": [0, 0.5, 0.5]},
+    "times must be None for .avi": {"path": "clip.avi", "frames": FRAMES, "times": [0, 1, 2]},
+    "start must be 0 s for .avi": {"path": "clip.avi", "frames": FRAMES, "fps": 5, "start": 1},
+    "waveform must be finite float32": {"frames": None, "waveform": WAVE.double()},
+    "sample_rate must be one of .*48000.* for libopus, got 44100": {
+        "frames": None,
+        "waveform": WAVE,
+        "path": "clip.ogg",
+        "sample_rate": 44_100,
+    },
+    "video_codec must be an encoder for webm": {
+        "path": "clip.webm",
+        "frames": FRAMES,
+        "fps": 5,
+        "video_codec": "libx264",
+    },
+    "the codecs must fit .mov, got libopus": {
+        "path": "clip.mov",
+        "frames": None,
+        "waveform": WAVE,
+        "audio_codec": "libopus",
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_rejects_bad_arguments(message, tmp_path):
+    arguments = {"path": "clip.mp4", "frames": None, **BAD[message]}
+    with pytest.raises(ValueError, match=f"write_media: {message}"):
+        write_media(tmp_path / arguments.pop("path"), **arguments)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,182 @@
+"""A checkpoint is whole or does not exist, whatever happens to the process or the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vatt_engine.engine import checkpoint
+from vatt_engine.engine.checkpoint import CheckpointError, has_checkpoint, load_latest, save
+
+STATE = {"seed": 3, "list": [1, 2.5, None, "x"]}
+
+
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    shared = torch.arange(6.0).reshape(2, 3) + step
+    model = {"a": shared, "tied": shared, "view": shared.T, "scalar": torch.tensor(step), "bf16": shared.bfloat16()}
+    return {"model": model, "optimizer": {"a/exp_avg": torch.full((3,), float(step))}, "empty": {}}
+
+
+def saved(run_dir: Path, *steps: int, keep: int = 9) -> list[Path]:
+    return [save(run_dir, step, tensors(step), STATE, keep=keep) for step in steps]
+
+
+def test_comes_back_as_it_was(tmp_path):
+    [path] = saved(tmp_path, 7)
+    assert path == tmp_path / "checkpoints" / "step-00000007"
+    assert {file.name for file in path.iterdir()} == {
+        "COMMIT",
+        "state.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "empty.safetensors",
+    }
+    found = load_latest(tmp_path)
+    assert (found.step, found.path, found.state, found.skipped) == (7, path, STATE, ())
+    for group, values in tensors(7).items():
+        assert found.tensors[group].keys() == values.keys()
+        for name, value in values.items():
+            assert torch.equal(found.tensors[group][name], value)
+            assert found.tensors[group][name].dtype == value.dtype
+
+
+def test_keeps_the_newest_and_at_least_two(tmp_path):
+    saved(tmp_path, 1, 2, 3, 10, keep=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (2, 3, 10)]
+    saved(tmp_path, 11, keep=0)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in (10, 11)]
+
+
+def test_a_step_is_never_written_over(tmp_path):
+    [path] = saved(tmp_path, 5)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    save(tmp_path, 5, tensors(99), STATE)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    (path / "state.json").write_text("{}")
+    save(tmp_path, 5, tensors(99), STATE)
+    assert load_latest(tmp_path).tensors["model"]["scalar"] == 99
+    assert (tmp_path / "checkpoints" / "step-00000005.damaged" / "state.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "name", ["COMMIT", "state.json", "model.safetensors", "optimizer.safetensors", "empty.safetensors"]
+)
+def test_every_flipped_byte_is_found_and_the_older_one_used(tmp_path, name):
+    _, newest = saved(tmp_path, 1, 2)
+    content = (newest / name).read_bytes()
+    rng = random.Random(name)
+    for position in rng.sample(range(len(content)), min(25, len(content))):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << rng.randrange(8)
+        (newest / name).write_bytes(damaged)
+        found = load_latest(tmp_path)
+        assert found.step == 1
+        assert len(found.skipped) == 1
+        assert str(newest) in found.skipped[0]
+        assert name in found.skipped[0]
+    (newest / name).write_bytes(content)
+    assert load_latest(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("name", ["COMMIT", "state.json", "model.safetensors"])
+def test_a_missing_or_short_file_is_found(tmp_path, name):
+    _, newest = saved(tmp_path, 1, 2)
+    content = (newest / name).read_bytes()
+    for damage in (content[:-1], content[: len(content) // 2], b"", content + b"\n"):
+        (newest / name).write_bytes(damage)
+        found = load_latest(tmp_path)
+        assert found.step == 1
+        assert name in found.skipped[0]
+    (newest / name).unlink()
+    assert f"{name} is missing" in load_latest(tmp_path).skipped[0]
+
+
+def test_a_file_that_was_added_is_found(tmp_path):
+    _, newest = saved(tmp_path, 1, 2)
+    (newest / "more.safetensors").write_bytes(b"")
+    assert "more.safetensors is not in COMMIT" in load_latest(tmp_path).skipped[0]
+
+
+def test_a_renamed_step_is_found(tmp_path):
+    _, newest = saved(tmp_path, 1, 2)
+    newest.rename(newest.with_name("step-00000003"))
+    assert load_latest(tmp_path).step == 1
+
+
+def test_none_valid_is_a_clear_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: the run folder must exist"):
+        load_latest(tmp_path / "nowhere")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: the run must have at least one valid checkpoint, got none"
+    ):
+        load_latest(tmp_path)
+    assert not has_checkpoint(tmp_path)
+    [path] = saved(tmp_path, 1)
+    (path / "model.safetensors").write_bytes(b"")
+    assert has_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-00000001: skipped, model\.safetensors has 0 bytes"):
+        load_latest(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_error_leaves_the_older_one(tmp_path, monkeypatch, call, number):
+    saved(tmp_path, 1)
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, call, fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            saved(tmp_path, 2)
+    assert (load_latest(tmp_path).step, load_latest(tmp_path).skipped) == (1, ())
+    saved(tmp_path, 2)  # the half-written one is not in the way
+    assert load_latest(tmp_path).step == 2
+
+
+SAVER = """
+import sys, torch
+from vatt_engine.engine.checkpoint import save
+group = {f"p{i}": torch.full((20_000,), float(i)) for i in range(40)}
+for step in range(1, 10_000):
+    save(sys.argv[1], step, {"model": group}, {"step": step}, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_loses_nothing(tmp_path):
+    rng = random.Random(0)
+    for attempt in range(6):
+        run_dir = tmp_path / str(attempt)
+        child = subprocess.Popen([sys.executable, "-c", SAVER, str(run_dir)], stdout=subprocess.PIPE, text=True)
+        announced = [int(child.stdout.readline()) for _ in range(rng.randrange(2, 6))]
+        deadline = time.perf_counter() + rng.random() * 0.02  # a random moment of the next save
+        while time.perf_counter() < deadline:
+            pass
+        child.send_signal(signal.SIGKILL)
+        announced += [int(line) for line in child.communicate()[0].split()]
+        found = load_latest(run_dir)
+        assert found.skipped == ()
+        assert found.step in (announced[-1], announced[-1] + 1)
+        assert found.state == {"step": found.step}
+        assert found.tensors["model"]["p39"].eq(39).all()
+
+
+def test_nothing_is_unpickled(tmp_path):
+    events = []
+    active = True
+    sys.addaudithook(lambda event, args: events.append(event) if active and event.startswith("pickle") else None)
+    saved(tmp_path, 1)
+    load_latest(tmp_path)
+    active = False
+    assert events == []

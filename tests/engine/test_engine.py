@@ -1,0 +1,273 @@
+"""The step is the formula it says, skips what is not finite, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vatt_engine.engine.checkpoint import CheckpointError
+from vatt_engine.engine.engine import Engine, EngineConfig, derive_seed, random_state, set_random_state
+from vatt_engine.engine.faults import TrainingStopped
+from vatt_engine.engine.optim import OptimConfig
+from vatt_engine.engine.schedule import ScheduleConfig
+
+SCHEDULE = ScheduleConfig(peak=1e-2, final=1e-3, warmup_steps=3, total_steps=12)
+
+
+class Rows(NamedTuple):
+    """A batch of [B, 4] rows."""
+
+    x: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.x.to(device))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class Terms(NamedTuple):
+    total: Tensor
+    square: Tensor
+
+
+class Toy(nn.Module):
+    """Everything whose state must survive: running statistics, dropout, randomness from the seed, tied weights."""
+
+    def __init__(self, *, dropout: float = 0.5):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(dropout)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, batch: Rows, *, seed: int) -> Tensor:
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+        return self.drop(self.norm(self.second(self.first(batch.x[:, order]))))
+
+
+class Loss(nn.Module):
+    """Mean square times a learnable (1,) scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, outputs: Tensor, batch: Rows) -> Terms:
+        square = (outputs - batch.x).square().mean()
+        return Terms(total=square * self.scale.square().sum(), square=square)
+
+
+def plain_loss(outputs: Tensor, batch: Rows) -> Terms:
+    square = (outputs - batch.x).square().mean()
+    return Terms(total=square, square=square)
+
+
+def rows(step: int, micro: int = 0, size: int = 8) -> Rows:
+    """The data of one micro-batch, a function of its place in the run alone."""
+    return Rows(torch.randn(size, 4, generator=torch.Generator().manual_seed(1000 * step + micro)))
+
+
+def build(run_dir=None, *, module=None, loss=None, optim=None, **config) -> Engine:
+    torch.manual_seed(0)
+    config = EngineConfig(**{"steps": 12, "device": "cpu", **config})
+    return Engine(module or Toy(), loss or Loss(), config, optim or OptimConfig(), SCHEDULE, run_dir=run_dir)
+
+
+def everything(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes, weights, buffers, moments and random state alike."""
+    found = {f"{group}.{k}": v for group, m in engine.modules.items() for k, v in m.state_dict().items()}
+    moments, scalars = engine._optimizer_state()
+    found |= {f"optimizer.{key}": torch.as_tensor(value) for key, value in {**moments, **scalars}.items()}
+    return {key: value.clone() for key, value in found.items()} | {"random": torch.get_rng_state()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumes_bit_for_bit_at_every_step(tmp_path, accumulate, precision):
+    def micro_batches(step):
+        return [rows(step, micro) for micro in range(accumulate)]
+
+    straight = build(precision=precision)
+    after = []
+    for step in range(12):
+        straight.step(micro_batches(step))
+        after.append(everything(straight))
+    assert not torch.equal(after[0]["model.first.weight"], after[11]["model.first.weight"])
+    assert not torch.equal(after[0]["model.norm.running_var"], after[11]["model.norm.running_var"])
+    for stop in range(1, 12):
+        run_dir = tmp_path / f"{stop}"
+        first = build(run_dir, precision=precision)
+        for step in range(stop):
+            first.step(micro_batches(step))
+        first.save(loader={"position": stop})
+        second = build(run_dir, precision=precision)
+        torch.manual_seed(99)  # a new process starts from other random states
+        random.seed(99)
+        assert second.resume().state["extra"] == {"loader": {"position": stop}}
+        assert_same(everything(second), after[stop - 1])
+        for step in range(stop, 12):
+            second.step(micro_batches(step))
+        assert_same(everything(second), after[11])
+
+
+def test_step_is_the_gradient_of_the_mean_over_micro_batches():
+    engine = build(module=Toy(dropout=0.0), loss=plain_loss)
+    twin = build(module=Toy(dropout=0.0), loss=plain_loss)
+    twin.module.load_state_dict(engine.module.state_dict())
+    seeds = [derive_seed(0, 0, micro) for micro in range(2)]
+    losses = [plain_loss(twin.module(rows(0, m), seed=seeds[m]), rows(0, m)).total for m in range(2)]
+    (sum(losses) / 2).backward()
+    out = engine.step([rows(0, 0), rows(0, 1)])
+    torch.testing.assert_close(out.terms["total"], (sum(losses) / 2).detach())
+    torch.testing.assert_close(engine.module.first.weight.grad, twin.module.first.weight.grad)
+    norm = torch.stack([p.grad.norm() for p in twin.parameters.values()]).norm()
+    torch.testing.assert_close(out.grad_norm, norm)
+
+
+def test_first_step_has_the_schedules_rate():
+    engine = build()
+    assert [round(engine.step([rows(step)]).lr, 12) for step in range(4)] == [
+        0.0,
+        round(1e-2 / 3, 12),
+        round(2e-2 / 3, 12),
+        1e-2,
+    ]
+
+
+def test_only_trainable_parameters_move_and_the_losss_do():
+    engine = build()
+    before = everything(engine)
+    for step in range(3):
+        engine.step([rows(step)])
+    after = everything(engine)
+    assert torch.equal(before["model.frozen"], after["model.frozen"])
+    assert not torch.equal(before["loss.scale"], after["loss.scale"])
+    assert "model.second.weight" not in engine.parameters  # tied to first.weight, stepped once
+
+
+def test_clip_norm_bounds_the_gradient():
+    engine = build(loss=plain_loss, optim=OptimConfig(clip_norm=1e-3))
+    out = engine.step([rows(0)])
+    clipped = torch.stack([p.grad.norm() for p in engine.parameters.values()]).norm()
+    assert out.grad_norm > 1e-2
+    torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+class Fragile(nn.Module):
+    """The loss is finite but its gradient is not, where `x` is all zeros."""
+
+    def forward(self, outputs, batch):
+        total = (outputs * batch.x).sum().abs().sqrt()
+        return Terms(total=total, square=total)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(poison):
+    engine = build()
+    for step in range(2):
+        engine.step([rows(step)])
+    before = everything(engine)
+    bad = rows(2)
+    bad.x[3, 1] = poison
+    out = engine.step([rows(2, 1), bad])
+    assert (out.skipped, out.step, engine.skipped, engine.skipped_in_a_row) == (True, 3, 1, 1)
+    after = everything(engine)
+    del before["random"], after["random"]
+    assert_same(after, before)  # the BatchNorm statistics too, which the forward pass had already touched
+    assert not engine.step([rows(3)]).skipped
+    assert (engine.skipped, engine.skipped_in_a_row) == (1, 0)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    engine = build(loss=Fragile())
+    before = everything(engine)
+    out = engine.step([Rows(torch.zeros(8, 4))])
+    assert torch.isfinite(out.terms["total"])
+    assert not torch.isfinite(out.grad_norm)
+    assert out.skipped
+    assert torch.equal(everything(engine)["model.first.weight"], before["model.first.weight"])
+
+
+def test_stops_after_too_many_skipped_in_a_row():
+    engine = build(max_skipped=3)
+    bad = Rows(torch.full((8, 4), float("nan")))
+    engine.step([bad])
+    engine.step([bad])
+    with pytest.raises(TrainingStopped, match="3 steps in a row"):
+        engine.step([bad])
+
+
+def test_seeds_differ_by_every_part():
+    seeds = {derive_seed(*parts) for parts in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 256, 0), (256, 0, 0))}
+    assert len(seeds) == 6
+    assert derive_seed(7, 3, 1) == 209270423655585
+    assert all(0 <= seed < 2**48 for seed in seeds)
+
+
+def test_random_state_comes_back():
+    import numpy as np
+
+    state = random_state()
+    drawn = (random.random(), random.gauss(0, 1), torch.randn(3).tolist(), np.random.rand(3).tolist())
+    set_random_state(state)
+    assert (random.random(), random.gauss(0, 1), torch.randn(3).tolist(), np.random.rand(3).tolist()) == drawn
+
+
+def test_a_parameter_without_dimensions_is_refused_by_name():
+    module = Toy()
+    module.register_parameter("temperature", nn.Parameter(torch.tensor(0.07)))
+    with pytest.raises(ValueError, match=r"model\.temperature must have at least one dimension, got shape \(\)"):
+        build(module=module)
+
+
+def test_nothing_to_train_and_nothing_to_train_on_are_refused():
+    with pytest.raises(ValueError, match="must have a trainable parameter"):
+        build(module=Toy().requires_grad_(False), loss=plain_loss)
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        build().step([])
+    with pytest.raises(ValueError, match="run_dir must be given"):
+        build().save()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    engine = build(tmp_path)
+    engine.step([rows(0)])
+    engine.save()
+    other = Toy()
+    other.first = nn.Linear(4, 5)
+    with pytest.raises(CheckpointError, match=r"step-00000001: the checkpoint must fit the model .* size mismatch"):
+        build(tmp_path, module=other).resume()
+    with pytest.raises(CheckpointError, match="must fit the model"):
+        build(tmp_path, loss=plain_loss).resume()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("accumulate", 0),
+        ("keep_checkpoints", 1),
+        ("seed", -1),
+        ("precision", "fp16"),
+    ],
+)
+def test_config_refuses(field, value):
+    with pytest.raises(ValueError, match=f"EngineConfig: {field} must .*got"):
+        EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:x"])
+def test_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=r"engine\.device must .*got"):
+        EngineConfig(device=device).torch_device()

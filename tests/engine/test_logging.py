@@ -1,0 +1,96 @@
+"""A run folder can be read by a person, by json, and after a crash."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+
+import pytest
+
+from vatt_engine.engine.logging import RunLog, environment
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_one_json_object_per_record(tmp_path):
+    log = RunLog(tmp_path / "run", 100, stream=io.StringIO())
+    log.write(10, {"total": 2.5, "video_audio": math.nan, "lr": 1e-4}, clips=640)
+    log.write(20, {"total": 2.25, "lr": 1e-4}, clips=640)
+    log.close()
+    first, second = records(tmp_path / "run")
+    assert (first["step"], first["total"], first["video_audio"], first["lr"]) == (10, 2.5, None, 1e-4)
+    assert first["clips_per_second"] > 0
+    assert first["eta_seconds"] == pytest.approx(first["seconds"] / 10 * 90)
+    assert second["eta_seconds"] == pytest.approx(second["seconds"] / 20 * 80)
+
+
+def test_resume_drops_what_a_dead_process_wrote_after_its_checkpoint(tmp_path):
+    lines = [json.dumps({"step": step, "total": 1.0}) for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "to')
+    log = RunLog(tmp_path, 100, resume_step=20, stream=io.StringIO())
+    record = log.write(30, {"total": 0.5}, clips=64)
+    log.close()
+    assert [(r["step"], r["total"]) for r in records(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 0.5)]
+    assert record["eta_seconds"] == pytest.approx(record["seconds"] / 10 * 70)
+
+
+def test_progress_is_a_line_each_or_one_rewritten(tmp_path):
+    plain, terminal = io.StringIO(), Terminal()
+    for stream in (plain, terminal):
+        log = RunLog(tmp_path, 100, stream=stream)
+        log.write(10, {"total": 12.5, "skipped": 0}, clips=64)
+        log.write(20, {"total": 2.5, "skipped": 0}, clips=64)
+        log.say("saved")
+        log.close()
+    assert plain.getvalue().startswith("step 10/100  total 12.5  ")
+    assert "clips/s  eta 0:00" in plain.getvalue()
+    assert "skipped" not in plain.getvalue()
+    assert plain.getvalue().count("\n") == 3
+    assert terminal.getvalue().count("\r") == 2
+    assert terminal.getvalue().endswith("\nsaved\n")
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, 100, tensorboard=True, stream=io.StringIO())
+    log.write(10, {"total": 2.5}, clips=64)
+    log.close()
+    read = events.EventAccumulator(str(tmp_path / "tb"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("total")] == [(10, 2.5)]
+
+
+def test_missing_tensorboard_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        ValueError, match=r"engine\.tensorboard: tensorboard must be installed.*pip install tensorboard"
+    ):
+        RunLog(tmp_path, 100, tensorboard=True)
+
+
+def test_environment_is_an_allow_list(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    found = environment("cpu")
+    assert set(found) == {
+        "python",
+        "system",
+        "machine",
+        "cpus",
+        "threads",
+        "device",
+        "gpu",
+        "cuda",
+        "versions",
+        "commit",
+    }
+    assert found["versions"]["torch"]
+    assert "hunter2" not in json.dumps(found)

@@ -1,0 +1,108 @@
+"""Positions, spectrograms and patches: what the golden towers do not reach."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vatt_engine.models.config import AudioConfig, PositionConfig, TransformerConfig
+from vatt_engine.models.embeddings import PositionEmbedding, SpectrogramPatch, resample_table
+from vatt_engine.models.spectrogram import mel_spectrogram
+from vatt_engine.models.vatt import PatchEncoder
+
+
+@pytest.mark.parametrize(("points", "queries"), [(14, 20), (8, 4), (2, 7), (8, 1), (14, 24), (1, 3)])
+def test_resampling_is_the_cubic_polyharmonic_spline(points, queries):
+    """Solved directly for each query: phi(r) = r^3 plus a line, the weights orthogonal to lines."""
+    table = torch.randn(points, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    resampled = resample_table(table, queries)
+    if points == 1:
+        assert torch.equal(resampled, table.expand(queries, 3))
+        return
+    x = [i / points for i in range(points)]
+    system = [[abs(a - b) ** 3 for b in x] + [a, 1.0] for a in x]
+    system += [[*x, 0.0, 0.0], [1.0] * points + [0.0, 0.0]]
+    values = torch.cat([table, torch.zeros(2, 3, dtype=torch.float64)])
+    weights = torch.linalg.solve(torch.tensor(system, dtype=torch.float64), values)
+    for j in range(queries):
+        q = j / queries
+        basis = torch.tensor([abs(q - a) ** 3 for a in x] + [q, 1.0], dtype=torch.float64)
+        assert torch.allclose(resampled[j], basis @ weights, atol=1e-9)
+
+
+def test_resampling_keeps_lines_and_extrapolates():
+    line = torch.arange(4, dtype=torch.float64)[:, None] / 4
+    assert torch.allclose(resample_table(line, 8).flatten(), torch.arange(8, dtype=torch.float64) / 8)
+
+
+def test_resampling_is_differentiable():
+    table = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: resample_table(t, 7), table)
+
+
+def test_official_spectrogram_positions_are_transposed():
+    """The released code numbers positions with time fastest while patches have frequency fastest."""
+    time, frequency = 3, 4
+    config = PositionConfig(norm=False)
+    official = PositionEmbedding((time, frequency), 8, config, axes_reversed=True)
+    e_time, e_frequency = official.tables
+    position = official((time, frequency))
+    for n in range(time * frequency):
+        assert torch.allclose(position[n], e_time[n % time] + e_frequency[n // time])
+    official.axes_reversed = False
+    assert torch.allclose(official((time, frequency))[1 * frequency + 2], e_time[1] + e_frequency[2])
+
+
+def test_spectrogram_patches_are_a_strided_convolution():
+    patch = SpectrogramPatch(AudioConfig(input="spectrogram", patch=(4, 5), num_mels=20), 6)
+    spectrogram = torch.randn(2, 18, 20)  # two steps are left over
+    kernel = patch.weight.view(6, 1, 4, 5)
+    expected = torch.nn.functional.conv2d(spectrogram[:, None], kernel, patch.bias, stride=(4, 5))
+    assert torch.allclose(patch(spectrogram, None), expected.flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_mel_spectrogram_finds_a_tone():
+    rate, hertz = 48_000, 1000.0
+    wave = torch.sin(2 * math.pi * hertz * torch.arange(rate) / rate)[None]
+    spectrogram = mel_spectrogram(wave)
+    assert spectrogram.shape == (1, math.ceil(rate / 1024), 80)
+    assert spectrogram.min() == 0.0
+    assert spectrogram.max() == 1.0
+
+    def mel(f: float) -> float:
+        return 1127 * math.log(1 + f / 700)
+
+    band = (mel(hertz) - mel(80)) / (mel(7600) - mel(80)) * 81 - 1
+    assert abs(spectrogram[0, 10].argmax().item() - band) <= 1
+    assert not mel_spectrogram(torch.zeros(1, 4096)).any()
+
+
+def test_mel_bands_overlap_to_one():
+    """Between the outer centres neighbouring triangles sum to 1, up to the grid of the Fourier bins."""
+    from vatt_engine.models.spectrogram import _mel_matrix
+
+    matrix = _mel_matrix(80, 48_000, 80.0, 7600.0)
+    inside = matrix.sum(1)[10:300]
+    assert torch.allclose(inside, torch.ones_like(inside), atol=1e-9)
+    assert not matrix[0].any()
+
+
+def test_spectrogram_encoder_takes_a_waveform():
+    small = TransformerConfig(num_layers=1, dim=16, ff_dim=16, num_heads=2, head_dim=8, dropout=0.0)
+    encoder = PatchEncoder(
+        AudioConfig(input="spectrogram", num_samples=32 * 1024, patch=(16, 5), transformer=small)
+    ).eval()
+    wave = torch.randn(2, 32 * 1024)
+    assert torch.equal(encoder(wave), encoder(mel_spectrogram(wave)))
+    with pytest.raises(ValueError, match=r"audio must be \[B, L\] or \[B, steps, 80\], got shape \(2, 5, 7\)"):
+        encoder(torch.randn(2, 5, 7))
+
+
+@pytest.mark.parametrize("audio", [torch.randn(2, 1, 256), torch.randn(256)])
+def test_waveform_shape_is_checked(audio):
+    small = TransformerConfig(num_layers=1, dim=16, ff_dim=16, num_heads=2, head_dim=8)
+    encoder = PatchEncoder(AudioConfig(num_samples=256, patch=(16,), transformer=small))
+    with pytest.raises(ValueError, match=r"audio must be \[B, L\], got shape"):
+        encoder(audio)

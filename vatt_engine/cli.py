@@ -1,0 +1,62 @@
+"""`vatt <verb>`: finds the verb, and turns bad input into one message and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vatt_engine.schema import ConfigError, nearest
+
+VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
+    "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
+    "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
+    "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
+    "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved.
+
+    >>> main(["doctor"])
+    0
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    verb = argv[0].replace("_", "-")
+    try:
+        if verb not in VERBS:
+            raise ConfigError(
+                f"vatt: the verb must be one of {', '.join(VERBS)}, got {argv[0]!r}. {nearest(verb, VERBS)}"
+            )
+        return importlib.import_module(VERBS[verb][0]).main(argv[1:])
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if sys.flags.dev_mode or (getattr(error, "name", None) or "").startswith("vatt_engine"):
+            raise  # `python -X dev -m vatt_engine ...` shows where a message comes from
+        print(describe(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vatt {verb}: interrupted.", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(["usage: vatt VERB ...", "", *lines, "", "`vatt VERB --help` shows what a verb takes."])
+
+
+def describe(error: Exception) -> str:
+    """An error as the user should read it: its own words, or the file and what the system says about it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or type(error).__name__}."
+    if isinstance(error, ModuleNotFoundError):
+        return f"vatt: the package {error.name} must be installed, got none. Run `pip install {error.name}`."
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Gather and reduce over ranks, with gradients; the identity where there is one process.
+
+Convention: a backward pass here gives each rank the gradient of the SUM over ranks of what each rank calls backward on.
+Averaging the parameters' gradients over ranks afterwards, as DDP does, therefore gives the gradient of the MEAN over
+ranks of the losses; and where all ranks return one global loss, exactly its gradient.
+
+All ranks must make the same calls, in the same order, with tensors of equal shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes in `group` (default: all of them); 1 where torch.distributed is not initialised.
+
+    >>> world_size()
+    1
+    """
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number in `group`; 0 where torch.distributed is not initialised.
+
+    >>> rank()
+    0
+    """
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Concatenate every rank's `x` along its first dim, in the dtype of `x`.
+
+    The gradient of a rank's part is the sum over ranks of the gradients of that part (a reduce-scatter).
+
+    Args:
+        x: [n, ...], any dtype (also bool), of one shape on all ranks.
+        group: the processes that take part.
+
+    Returns:
+        [world_size * n, ...], in the order of the ranks.
+
+    >>> all_gather(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return x if world_size(group) == 1 else _AllGather.apply(x, group)
+
+
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of every rank's `x`; the gradient is the sum of every rank's gradient. `x` is left as it is.
+
+    Args:
+        x: any shape, the same on all ranks.
+        group: the processes that take part.
+
+    >>> all_reduce_sum(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return x if world_size(group) == 1 else _AllReduceSum.apply(x, group)
+
+
+def all_reduce_max(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Largest of every rank's `x`, element by element, without gradient.
+
+    >>> all_reduce_max(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    x = x.detach()
+    return x if world_size(group) == 1 else _reduced(x, dist.ReduceOp.MAX, group)
+
+
+def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, operation, group)
+    return out
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if grad.device.type == "cpu":  # gloo has no reduce-scatter in every version of torch that we support
+            return _reduced(grad, dist.ReduceOp.SUM, ctx.group).chunk(world_size(ctx.group))[rank(ctx.group)], None
+        part = grad.new_empty(grad.shape[0] // world_size(ctx.group), *grad.shape[1:])
+        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        return part, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return _reduced(x, dist.ReduceOp.SUM, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduced(grad, dist.ReduceOp.SUM, ctx.group), None

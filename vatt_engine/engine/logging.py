@@ -1,0 +1,172 @@
+"""What a run leaves behind and says: config.yaml, env.json, metrics.jsonl, TensorBoard, a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+PACKAGES = ("vatt_engine", "torch", "triton", "numpy", "av", "tokenizers", "safetensors", "tyro", "PyYAML")
+
+
+class RunLog:
+    """The records of one run folder: one JSON object per logged step, and a line a person can watch.
+
+    Args:
+        run_dir: run folder, made if missing.
+        total_steps: length of the run, for the percentage and the time left.
+        resume_step: step the run continues from; records of later steps, of a process that died, are dropped.
+        tensorboard: write `run_dir/tb` too; needs the tensorboard package.
+        stream: where the progress line goes; rewritten in place on a terminal, else one line per record.
+
+    >>> log.write(10, {"total": 5.2}, clips=640)
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        *,
+        resume_step: int = 0,
+        tensorboard: bool = False,
+        stream: TextIO | None = None,
+    ):
+        self.run_dir, self.total_steps, self.stream = Path(run_dir), total_steps, stream or sys.stdout
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.board = _summary_writer(self.run_dir / "tb", resume_step) if tensorboard else None
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, resume_step)
+        self.file = path.open("a", encoding="utf-8")
+        self.start = self.last = time.perf_counter()
+        self.first_step = self.last_step = resume_step
+        self.width = 0
+
+    def write(self, step: int, values: Mapping[str, float], *, clips: int) -> dict[str, Any]:
+        """Record `values` after `step` steps; `clips` were trained on since the last record.
+
+        Adds step, clips_per_second, eta_seconds and seconds; a value that is not finite is written as null.
+        """
+        now = time.perf_counter()
+        record: dict[str, Any] = {"step": step, **values}
+        record["clips_per_second"] = clips / max(now - self.last, 1e-9)
+        record["eta_seconds"] = (now - self.start) / max(step - self.first_step, 1) * (self.total_steps - step)
+        record["seconds"] = now - self.start
+        self.last, self.last_step = now, step
+        plain = {key: _finite(value) for key, value in record.items()}
+        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self.board.add_scalar(key, value, step)
+        self.progress(step, values, record)
+        return record
+
+    def progress(self, step: int, values: Mapping[str, float], record: Mapping[str, float]) -> None:
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value)
+        minutes, seconds = divmod(round(record["eta_seconds"]), 60)
+        speed = f"{record['clips_per_second']:.1f} clips/s"
+        line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"
+        if self.stream.isatty():
+            self.stream.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def say(self, text: str) -> None:
+        """A full line, below the progress line where there is one."""
+        self.stream.write(("\n" if self.width else "") + text + "\n")
+        self.stream.flush()
+        self.width = 0
+
+    def close(self) -> None:
+        if self.width:
+            self.stream.write("\n")
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What a run ran on: an allow-list of versions and hardware, never the process's environment variables."""
+    device = torch.device(device)
+    return {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "versions": versions(*PACKAGES),
+        "commit": _commit(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Installed version of each package, None where there is none."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step, so a reader never sees half of it."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package runs from, or None when it is installed without one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole records up to `step`; a torn last line, or any later record, came from a process that died."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, LookupError, TypeError):
+            continue
+    write_text(path, "".join(kept))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "engine.tensorboard: tensorboard must be installed, got no such package. Run `pip install tensorboard`."
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,0 +1,167 @@
+"""Embeddings to named loss terms: video-audio NCE and video-text MIL-NCE, across ranks.
+
+total = (w_va video_audio + w_vt video_text) / (w_va + w_vt)         over the pairs that are there
+
+Every rank computes one block of similarities, its own videos against the other side of all ranks, and from it complete
+row statistics and partial column statistics; the columns' are merged over ranks as (maximum, sum). So there is one
+gather of embeddings per pair, one reduce-scatter of their gradient, and vectors otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from vatt_engine.batch import Embeddings
+from vatt_engine.collectives import all_gather, all_reduce_max, all_reduce_sum, rank, world_size
+from vatt_engine.ops.nce import FORMS, check_pair, nce_statistics, sample_losses
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0  # bounds of a learnable one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What `VATTLoss` computes.
+
+    Args:
+        form: "joint" (official), "symmetric" or "one_way" (paper eq. 4-5); the formulas are in `vatt_engine.ops.nce`.
+        temperature: divides the cosines; the initial value where it is learnable.
+        learnable_temperature: learn one temperature for both pairs, within 0.01..1 (official: fixed).
+        video_audio_weight, video_text_weight: weights of the terms; a pair of weight 0 is not computed.
+        average: "global" divides by the number of valid samples of all ranks, and equals one big batch for any number
+            of ranks; "rank" is the official mean over the valid samples of each replica, 0 if it has none.
+
+    Raises:
+        ValueError: a value is outside its range.
+
+    >>> LossConfig(form="one_way", average="rank").temperature
+    0.07
+    """
+
+    form: str = "joint"
+    temperature: float = 0.07
+    learnable_temperature: bool = False
+    video_audio_weight: float = 1.0
+    video_text_weight: float = 1.0
+    average: str = "global"
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", FORMS), ("average", ("global", "rank"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"LossConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"LossConfig: temperature must be positive, got {self.temperature}.")
+        if self.learnable_temperature and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"LossConfig: temperature must be in [{MIN_TEMPERATURE}, {MAX_TEMPERATURE}], got {self.temperature}. "
+                "These are the bounds of a learnable one."
+            )
+        for name in ("video_audio_weight", "video_text_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"LossConfig: {name} must be finite and not negative, got {getattr(self, name)}.")
+
+
+class LossTerms(NamedTuple):
+    """Scalars in float32; a pair that is not there is 0 and has no part in the total."""
+
+    total: Tensor
+    video_audio: Tensor
+    video_text: Tensor
+
+
+class VATTLoss(nn.Module):
+    """Weighted mean of the video-audio NCE and the video-text MIL-NCE, over all ranks of `group`.
+
+    Gradients follow `collectives`: average the parameters' gradients over ranks, as DDP does, and the result is the
+    gradient of the global loss (average="global"), or of the mean over ranks of their losses (average="rank").
+    With average="global" every rank returns the same global values. A learnable temperature is the parameter
+    `log_temperature` of shape (1,), brought back in place to log 0.01..log 1 before it is used (so that, unlike under
+    a clamp in the graph, its gradient never vanishes); like the model's parameters, its gradient is to be averaged.
+
+    Args:
+        config: the form, temperature, weights and average.
+        group: the processes that share one batch of negatives; all by default.
+
+    Source: paper section 3.4; official vatt/utils/train/objectives.py.
+
+    >>> video, audio = torch.eye(4), torch.eye(4)
+    >>> loss = VATTLoss()(Embeddings(video_audio=video, audio_video=audio))
+    >>> round(loss.total.item(), 4), loss.video_text.item()
+    (0.6931, 0.0)
+    """
+
+    def __init__(self, config: LossConfig | None = None, *, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.config = config or LossConfig()
+        self.group = group
+        if self.config.learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(self.config.temperature)]))
+
+    def forward(
+        self, embeddings: Embeddings, *, audio_mask: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> LossTerms:
+        """The loss terms of this rank's batch among all ranks'.
+
+        Args:
+            embeddings: those of this rank, not normalised; batch size and None fields alike on all ranks.
+            audio_mask, text_mask: [B] bool, False where a sample has no audio or text; None alike on all ranks.
+
+        Raises:
+            ValueError: no pair is there, or shapes and dtypes do not fit.
+        """
+        config, group = self.config, self.group
+        video_audio, audio_video, video_text, text_video = embeddings
+        pairs: dict[str, Tensor] = {}  # name -> [sum of losses, number of valid samples]
+        if config.video_audio_weight > 0 and video_audio is not None and audio_video is not None:
+            names = ("video_audio", "audio_video", "audio_mask")
+            check_pair("VATTLoss", video_audio, audio_video, audio_mask, names=names)
+            pairs["video_audio"] = self._pair(video_audio, audio_video.unsqueeze(1), audio_mask)
+        if config.video_text_weight > 0 and video_text is not None and text_video is not None:
+            names = ("video_text", "text_video", "text_mask")
+            check_pair("VATTLoss", video_text, text_video, text_mask, names=names, candidates=True)
+            pairs["video_text"] = self._pair(video_text, text_video, text_mask)
+        if not pairs:
+            raise ValueError(
+                "VATTLoss: embeddings must hold a pair of positive weight, got none. "
+                "Pairs are video_audio with audio_video, and video_text with text_video."
+            )
+        sums = torch.stack(list(pairs.values()))
+        if config.average == "global":
+            sums = all_reduce_sum(sums, group)
+        terms = dict(zip(pairs, sums[:, 0] / sums[:, 1].clamp_min(1)))
+        weights = {name: getattr(config, f"{name}_weight") for name in terms}
+        total = sum(weights[name] * term for name, term in terms.items()) / sum(weights.values())
+        absent = torch.zeros_like(total)
+        return LossTerms(total, terms.get("video_audio", absent), terms.get("video_text", absent))
+
+    def temperature(self) -> float | Tensor:
+        """The temperature in use: a float, or a tensor of shape (1,) with its graph where it is learnable."""
+        if not self.config.learnable_temperature:
+            return self.config.temperature
+        with torch.no_grad():
+            self.log_temperature.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+        return self.log_temperature.exp()
+
+    def _pair(self, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+        """[sum of the losses of this rank's samples, how many of them are valid]; a [B, D], b [B, P, D]."""
+        first = rank(self.group) * len(a)
+        mask_all = None if mask is None else all_gather(mask, self.group)
+        b_all = all_gather(b, self.group)
+        row, column, positive = nce_statistics(a, b_all, self.temperature(), column_mask=mask_all, first_sample=first)
+        if self.config.form != "one_way" and world_size(self.group) > 1:
+            column = self._merge(column)
+        losses = sample_losses(self.config.form, row, column[first : first + len(a)], positive, mask)
+        num_valid = losses.new_tensor(len(a)) if mask is None else mask.sum().to(losses)
+        return torch.stack([losses.sum(), num_valid])
+
+    def _merge(self, column: Tensor) -> Tensor:
+        """log sum exp over ranks; 0, without gradient, where no rank has anything (a masked sample, never read)."""
+        largest = all_reduce_max(column, self.group)
+        largest = largest.where(largest > -torch.inf, 0.0)
+        # The largest one adds exactly 1, so clamp_min only meets the empty sums.
+        return largest + all_reduce_sum((column - largest).exp(), self.group).clamp_min(1.0).log()

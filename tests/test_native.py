@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -117,8 +118,6 @@ int main() {{
     fwrite(&y.bits, 2, 1, stdout);
   }}
 }}"""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/round"
         subprocess.run(

@@ -64,6 +64,8 @@ class LossConfig:
         for name in ("video_audio_weight", "video_text_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"LossConfig: {name} must be finite and not negative, got {getattr(self, name)}.")
+        if self.video_audio_weight == self.video_text_weight == 0:
+            raise ValueError("LossConfig: video_audio_weight must be positive if video_text_weight is 0, got 0.0.")
 
 
 class LossTerms(NamedTuple):

@@ -20,7 +20,8 @@ class AugmentConfig:
             centre square.
         scale_jitter: probability that "vgg" stretches.
         scale: range of the two factors, of the height and of the width.
-        area: range of the share of the frame that an "inception" box covers.
+        area: range of the share of the frame that an "inception" box covers; the official code's min_object_covered
+            raises the paper's 0.08 to 0.1 in effect.
         aspect: range of an "inception" box' width over height.
         flip: probability of a left-right mirror.
         color_jitter: probability of the four colour changes below.
@@ -92,7 +93,7 @@ def augment_video(frames: Tensor, size: int, config: AugmentConfig, generator: t
     Raises:
         ValueError: `frames` or `size` is not as above.
 
-    Source: paper A.2.1; DMVR `processors.py`, `color_default_augm` and `scale_jitter_augm`.
+    Source: paper A.2.1; DMVR processors.py (scale_jitter_augm, color_default_augm).
 
     >>> frames = torch.zeros(8, 64, 80, 3, dtype=torch.uint8)
     >>> augment_video(frames, 48, AugmentConfig(), torch.Generator().manual_seed(0)).shape
@@ -149,6 +150,8 @@ def augment_audio(wave: Tensor, config: AugmentConfig, generator: torch.Generato
 
     Raises:
         ValueError: `wave` is not float [L].
+
+    Source: official vatt/data/processing.py (add_gaussian); not in the paper.
 
     >>> augment_audio(torch.zeros(4), AugmentConfig(), torch.Generator())
     tensor([0., 0., 0., 0.])

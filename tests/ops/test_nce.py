@@ -127,6 +127,17 @@ def test_gradients_are_those_of_the_value(impl, form, mask, monkeypatch):
             )
 
 
+def test_short_rows_are_divided_by_the_floor():
+    """Below a norm of 1e-6 the official l2_normalize is x * 1e6, and so is its gradient."""
+    x = randn(4, 3, seed=1, dtype=torch.float64) * torch.tensor([[1e-7], [3e-7], [1.0], [1e-3]], dtype=torch.float64)
+    x, y = x.requires_grad_(), x.detach().flip(0).requires_grad_()
+    a, b = (v * v.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt() for v in (x, y))
+    want = torch.nn.functional.cross_entropy(a @ b.T / 0.2, torch.arange(4))
+    loss = nce(x, y, 0.2, form="one_way")
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, y)), torch.autograd.grad(want, (x, y)))
+
+
 @pytest.mark.parametrize("offset", [None, 1 / 0.07])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 def test_blocks_of_two_ranks_make_one(impl, offset, monkeypatch):

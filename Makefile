@@ -8,7 +8,6 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-native_sources := $(wildcard csrc/*) CMakeLists.txt setup.py
 python_sources := vatt_engine kernels tests benchmarks setup.py
 
 .PHONY: help setup demo test lint bench gpu clean
@@ -50,15 +49,12 @@ bench: setup
 
 # A machine with a GPU brings its own torch and need not reach a package index: nothing is installed here.
 PART ?= test
+gpu_test := tests/ops tests/test_native.py
+gpu_ops := benchmarks
 gpu:
+	@test -n "$(gpu_$(PART))" || { echo "make gpu: PART must be test or ops, got $(PART); step and data are not there yet." >&2; exit 2; }
 	$(PYTHON) setup.py -q build_ext --inplace
-ifeq ($(PART),test)
-	$(PYTHON) -m pytest tests/ops tests/test_native.py -m "not slow"
-else ifeq ($(PART),ops)
-	$(PYTHON) -m pytest benchmarks
-else
-	@echo "make gpu: PART must be test or ops, got $(PART). The others are not there yet." >&2; exit 2
-endif
+	$(PYTHON) -m pytest $(gpu_$(PART))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vatt_engine/_C.*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,14 +1,11 @@
 """Seeds, threads, and the reasons for which marked tests are skipped."""
 
-import os
-
 import pytest
 import torch
 
 
 def pytest_configure(config):
-    # Two workers' worth of threads at most: small tensors gain nothing from more, and runs stay comparable.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors gain nothing from more
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.dlpack import to_dlpack
 
+import vatt_engine
 from vatt_engine import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,7 @@ print(module.__version__, [name for name in ('libcuda', 'libcudart', 'libtorch',
 def test_says_what_it_is():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert _C.__version__ == version, "the native module is from another version: build it again"
+    assert vatt_engine.__version__ == version
     assert isinstance(_C.has_cuda, bool)
     assert bool(_C.cuda_archs) == _C.has_cuda
 
@@ -117,8 +120,6 @@ int main() {{
     fwrite(&y.bits, 2, 1, stdout);
   }}
 }}"""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/round"
         subprocess.run(

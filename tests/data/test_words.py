@@ -91,7 +91,7 @@ def test_training_orders_by_count_then_alphabet_whatever_the_order_of_captions()
 
 
 def test_training_rejects_what_gives_no_words():
-    with pytest.raises(ValueError, match="size must be at least 3 .* got 2"):
+    with pytest.raises(ValueError, match=r"size must be at least 3 .* got 2"):
         Vocabulary.train(["a"], size=2)
     with pytest.raises(ValueError, match="captions must hold a word seen 1 times or more, got none"):
         Vocabulary.train(["...", ""])
@@ -267,7 +267,7 @@ def test_malformed_npz_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="arrays words and vectors, no pickle"):
             load_word_vectors(path)
-    with pytest.raises(ValueError, match="missing.npz: word vectors must be an existing file"):
+    with pytest.raises(ValueError, match=r"missing.npz: word vectors must be an existing file"):
         load_word_vectors(tmp_path / "missing.npz")
 
 

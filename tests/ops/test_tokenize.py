@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from vatt_engine.dispatch import available_impls, use_impl
@@ -283,24 +281,3 @@ def test_native_writes_its_output_and_nothing_else(dtype):
     assert torch.equal(out, patches_reference(video, keep, [2, 3, 3], dtype))
     assert (guarded[:64] == 7).all()
     assert (guarded[-64:] == 7).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_native_equals_reference_for_any_shape(data):
-    size = st.integers(1, 6)
-    patch = [data.draw(size) for _ in range(3)]
-    shape = [
-        data.draw(st.integers(1, 3)),
-        *(step * data.draw(st.integers(1, 4)) + data.draw(size) - 1 for step in patch),
-    ]
-    channels = data.draw(st.integers(1, 4))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    video = torch.randint(0, 256, (*shape, channels), dtype=torch.uint8)
-    tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
-    keep = torch.randint(tokens, data.draw(st.sampled_from([(1,), (shape[0], tokens), (2 * tokens,)])))
-    threads = torch.get_num_threads()
-    with use_impl(tokenize="cpp"):
-        actual = torch.ops.vatt.patches_fwd(video, keep, patch, dtype)
-    assert torch.equal(actual, patches_reference(video, keep, patch, dtype))
-    assert torch.get_num_threads() == threads

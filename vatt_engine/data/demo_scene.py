@@ -137,9 +137,9 @@ class Take(NamedTuple):
     @classmethod
     def draw(cls, rng: Random) -> Take:
         return cls(
-            seconds=rng.choice((1.6, 1.8, 2.0)),
-            fps=rng.choice((10, 12, 15)),
-            sample_rate=rng.choice((16_000, 24_000)),
+            seconds=rng.choice((1.2, 1.4, 1.6)),
+            fps=rng.choice((10, 12)),
+            sample_rate=rng.choice((12_000, 16_000)),
             rate=CYCLES_PER_SECOND * rng.uniform(1.0, 1.06),
             phase=rng.random(),
         )

@@ -74,7 +74,7 @@ class RunLog:
         return record
 
     def progress(self, step: int, values: Mapping[str, float], record: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value and "seconds" not in key)
         minutes, seconds = divmod(round(record["eta_seconds"]), 60)
         speed = f"{record['clips_per_second']:.1f} clips/s"
         line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"

@@ -21,7 +21,7 @@ class ScheduleConfig:
         final: learning rate at `total_steps` and ever after.
         warmup_steps: steps of the linear rise from 0; 0 starts at `peak`.
         total_steps: the step at which `final` is reached.
-        shape: "half_cosine" is flat at both ends (official `vatt/experiments/pretrain.py`); "quarter_cosine" leaves
+        shape: "half_cosine" is flat at both ends (official code); "quarter_cosine" leaves
             `peak` flat and arrives at `final` at its steepest.
 
     Raises:
@@ -72,7 +72,7 @@ def learning_rate(step: int, config: ScheduleConfig) -> float:
     Raises:
         ValueError: `step` is negative.
 
-    Source: `vatt/experiments/pretrain.py` and paper section 4.2.
+    Source: official vatt/utils/train/schedules.py (StepCosineLearningRateWithLinearWarmup); paper section 4.2.
 
     >>> learning_rate(2_500, ScheduleConfig())
     5e-05

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vatt_engine.data.demo import make_world
 from vatt_engine.tasks.flags import parse_flags
 
 
@@ -29,8 +30,6 @@ class DemoDataConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    from vatt_engine.data.demo import make_world
-
     config = parse_flags(DemoDataConfig, argv, prog="vatt demo-data", positional=("directory",))
 
     def progress(done: int, total: int) -> None:

@@ -95,10 +95,10 @@ def _explain(box: str, args: list[str], known: dict[str, Any]) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│|╭╮╰╯]", "", line).strip() for line in box.strip().splitlines()]
     groups = [" ".join(group.split()) for group in re.split(r".*[-─]{4,}.*", "\n".join(lines))]
     message = next((group for group in groups[1:] if group), groups[0]).removeprefix("Error parsing ")
-    refused = re.match(r"([\w.]+): (?:\w+: )?(?:\w+\.)*(\w+) must (.*)", message)  # by a section's own checks
+    refused = re.match(r"([\w.-]+): (?:\w+: )?(?:\w+\.)*(\w+) must (.*)", message)  # by a section's own checks
     if refused:
-        section = "" if f"{refused[1]}.{refused[2]}" not in known else f"{refused[1]}."
-        return f"--{section}{refused[2]} must {refused[3]}"
+        name = f"{_name(refused[1])}.{refused[2]}"
+        return f"--{name if name in known else refused[2]} must {refused[3]}"
     flag = re.search(r"--[A-Za-z][\w.-]*\w", message)
     if flag is None or _name(flag[0]) not in known:
         return re.sub(r"Unrecognized options: (.*)", r"every word must belong to a flag, got \1.", message)
@@ -108,4 +108,6 @@ def _explain(box: str, args: list[str], known: dict[str, Any]) -> str:
     got = ", ".join(map(short, values)) or "nothing"
     names = [choice for choice in typing.get_args(hint) if isinstance(choice, str)]
     close = nearest(values[0], names) if names and values else ""
-    return f"{flag[0]} must {expectation(hint)}, got {got}. {close if close.startswith('Did') else ''}".rstrip()
+    return (
+        f"--{_name(flag[0])} must {expectation(hint)}, got {got}. {close if close.startswith('Did') else ''}".rstrip()
+    )

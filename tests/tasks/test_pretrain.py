@@ -1,0 +1,226 @@
+"""The main job on a small real world: what it leaves, how it resumes, how it stops, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vatt_engine.data.demo import make_world
+from vatt_engine.engine.checkpoint import CheckpointError, load_latest
+from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
+from vatt_engine.tasks.config import PretrainConfig, load_config
+from vatt_engine.tasks.pretrain import main, pretrain
+
+SMALL = {
+    "data.batch_size": 8,
+    "engine.steps": 6,
+    "engine.save_every": 2,
+    "engine.log_every": 2,
+    "engine.device": "cpu",
+    "engine.keep_checkpoints": 9,
+    "schedule.warmup_steps": 2,
+    "schedule.total_steps": 6,
+    "model.text.embedding_dim": 16,
+} | {
+    f"model.{modality}.transformer.{name}": value
+    for modality in ("video", "audio", "text")
+    for name, value in (
+        ("num_layers", 1),
+        ("dim", 32),
+        ("ff_dim", 64),
+        ("num_heads", 2),
+        ("head_dim", 16),
+        ("dropout", 0.1),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_train=20, num_heldout=2, num_threads=2)
+
+
+@pytest.fixture
+def config(world, tmp_path) -> PretrainConfig:
+    return replace(load_config("demo"), SMALL | {"data.train": str(world.train), "out": str(tmp_path / "run")})
+
+
+def records(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_leaves_a_run_folder(config, monkeypatch, capsys):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    assert pretrain(config) == 0
+    run = Path(config.out)
+    names = {"checkpoints", "config.yaml", "env.json", "metrics.jsonl", "plots", "tokenizer.json"}
+    assert {path.name for path in run.iterdir()} == names
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in (2, 4, 6)]
+    assert load_config(str(run / "config.yaml")) == config
+    assert "hunter2" not in (run / "env.json").read_text()
+    found = records(config.out)
+    assert [record["step"] for record in found] == [2, 4, 6]
+    assert set(found[0]) == {
+        *("step", "total", "video_audio", "video_text", "grad_norm", "lr", "data_seconds"),
+        *("skipped", "quarantined", "clips_per_second", "eta_seconds", "seconds"),
+    }
+    assert [record["lr"] for record in found] == pytest.approx(
+        [5e-4, 1e-3 * 0.85502, 1e-5 + 9.9e-4 * 0.146447], rel=1e-3
+    )
+    for record in found:
+        assert record["total"] == pytest.approx((record["video_audio"] + record["video_text"]) / 2)
+    assert "step 6/6  total " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("accumulate", "stops"), [(1, (1, 3)), (2, (2,))])
+def test_resumes_bit_for_bit(config, tmp_path, accumulate, stops):
+    config = replace(config, {"engine.accumulate": accumulate, "engine.steps": 5})  # more than one epoch of 20 clips
+    pretrain(config)
+    straight = load_latest(config.out)
+    for stop in stops:
+        part = replace(config, {"out": str(tmp_path / f"{stop}"), "engine.steps": stop})
+        pretrain(part)
+        torch.manual_seed(1234)
+        pretrain(replace(part, {"engine.steps": 5}), resume=True)
+        resumed = load_latest(part.out)
+        assert resumed.state == straight.state
+        for group, tensors in straight.tensors.items():
+            assert [name for name in tensors if not torch.equal(tensors[name], resumed.tensors[group][name])] == []
+    assert straight.state["extra"]["loader"]["epoch"] >= 2
+
+
+def test_a_damaged_newest_checkpoint_falls_back(config, capsys):
+    pretrain(config)
+    straight = load_latest(config.out)
+    path = straight.path / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["--resume", config.out]) == 0
+    captured = capsys.readouterr()
+    assert "step-00000006: skipped, optimizer.safetensors does not have the SHA-256 of its COMMIT." in captured.err
+    assert "resuming after step 4" in captured.err
+    again = load_latest(config.out)
+    assert (again.step, again.skipped) == (6, ())
+    assert all(torch.equal(again.tensors["model"][name], value) for name, value in straight.tensors["model"].items())
+    assert [record["step"] for record in records(config.out)] == [2, 4, 6]
+    for folder in (Path(config.out) / "checkpoints").iterdir():
+        (folder / "COMMIT").unlink()
+    with pytest.raises(CheckpointError, match="at least one valid checkpoint"):
+        main(["--resume", config.out])
+
+
+def test_another_seed_is_another_run(config, tmp_path):
+    pretrain(replace(config, {"engine.steps": 1}))
+    pretrain(replace(config, {"engine.steps": 1, "engine.seed": 1, "out": str(tmp_path / "b")}))
+    pretrain(replace(config, {"engine.steps": 1, "out": str(tmp_path / "c")}))
+    a, b, c = (records(out)[0]["total"] for out in (config.out, tmp_path / "b", tmp_path / "c"))
+    assert a == c != b
+
+
+COMMAND = "import sys; from vatt_engine.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_signals_save_and_say_how_to_go_on(config):
+    Path(config.out).mkdir()
+    path = Path(config.out) / "start.yaml"
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 100_000, "schedule.total_steps": 100_000}))))
+    last = 0
+    for number, argv in ((signal.SIGINT, [str(path)]), (signal.SIGTERM, ["--resume", config.out])):
+        child = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, "pretrain", *argv, "--engine.log_every", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not child.stdout.readline().startswith("step "):
+            assert child.poll() is None, child.stderr.read()
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert "finishing the step, then saving" in err
+        found = load_latest(config.out)
+        assert found.step > last
+        assert f"stopped after step {found.step}; continue with: vatt pretrain --resume {config.out}" in out
+        assert records(config.out)[-1]["step"] == found.step
+        last = found.step
+
+
+def test_a_run_that_diverges_stops_with_a_message(config, capsys):
+    flags = {"schedule.peak": 1e38, "schedule.warmup_steps": 0, "engine.steps": 30, "schedule.total_steps": 30}
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_yaml(to_dict(replace(config, flags | {"engine.max_skipped": 3}))))
+    assert main([str(path)]) == 1
+    assert "loss and gradients must be finite, got 3 steps in a row that are not" in capsys.readouterr().err
+
+
+def vectors_file(tmp_path, words, dim=16) -> str:
+    path = tmp_path / "vectors.txt"
+    lines = [f"{len(words)} {dim}"] + [f"{word} " + " ".join([str(i + 0.5)] * dim) for i, word in enumerate(words)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_word_vectors_are_loaded_and_frozen(config, tmp_path):
+    config = replace(config, {"text.vectors": vectors_file(tmp_path, ["the", "red", "unheard"]), "engine.steps": 2})
+    pretrain(config)
+    words = json.loads((Path(config.out) / "tokenizer.json").read_text())["model"]["vocab"]
+    table = load_latest(config.out).tensors["model"]["text.embedding.weight"]
+    assert torch.equal(table[words["red"]], torch.full((16,), 1.5))
+    assert "unheard" not in words
+    thawed = replace(config, {"out": str(tmp_path / "b"), "model.text.freeze_embedding": False})
+    pretrain(thawed)
+    assert not torch.equal(
+        load_latest(thawed.out).tensors["model"]["text.embedding.weight"][words["red"]], table[words["red"]]
+    )
+
+
+def test_refuses_word_vectors_that_do_not_fit(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"text\.vectors must be given where model\.text\.freeze_embedding is true"):
+        pretrain(replace(config, {"model.text.freeze_embedding": True}))
+    with pytest.raises(ConfigError, match="must be of words of the vocabulary, got none of its words"):
+        pretrain(replace(config, {"text.vectors": vectors_file(tmp_path, ["qqq"])}))
+    with pytest.raises(ConfigError, match=r"width model\.text\.embedding_dim 16, got 3"):
+        pretrain(replace(config, {"text.vectors": vectors_file(tmp_path, ["red"], dim=3)}))
+    (tmp_path / "words.txt").write_text("<pad>\n<bos>\n<eos>\n<unk>\na\nb\n")
+    with pytest.raises(ConfigError, match=r"vocabulary must fit model\.text\.vocabulary_size 4, got 6 words"):
+        pretrain(replace(config, {"text.vocabulary": str(tmp_path / "words.txt"), "model.text.vocabulary_size": 4}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.num_frames": 16}, r"data\.num_frames must equal model\.video\.num_frames 8, got 16"),
+        ({"data.frame_size": 64}, r"data\.frame_size must equal model\.video\.frame_size \(48, 48\), got \(64, 64\)"),
+        ({"data.num_samples": 4800}, r"data\.num_samples must equal model\.audio\.num_samples 9600, got 4800"),
+        ({"data.train": ""}, "--data.train must be the path of a manifest, got none"),
+        ({"data.batch_size": 21}, "samples must fill a batch of 21, got 20"),
+        ({"engine.device": "cuda:7"}, r"engine\.device must be a GPU of this machine, got 'cuda:7'"),
+    ],
+)
+def test_refuses(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(replace(config, changes))
+
+
+def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
+    pretrain(replace(config, {"engine.steps": 1}))
+    with pytest.raises(ConfigError, match=f"holds a run. Continue it with `vatt pretrain --resume {config.out}`"):
+        pretrain(config)
+    other = tmp_path / "other.jsonl"
+    lines = world.train.read_text().splitlines()
+    other.write_text("\n".join(line.replace('"train/', f'"{world.train.parent}/train/') for line in lines))
+    with pytest.raises(ValueError, match=r"got other files .* Resume with the same data\.train"):
+        pretrain(replace(config, {"data.train": str(other)}), resume=True)
+
+
+def test_resume_without_a_checkpoint_starts(config, capsys):
+    assert pretrain(replace(config, {"engine.steps": 1}), resume=True) == 0
+    assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err

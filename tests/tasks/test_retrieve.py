@@ -1,0 +1,136 @@
+"""Retrieval: the right pairs, windows averaged before normalising, skipped clips named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vatt_engine.batch import Embeddings
+from vatt_engine.cli import main
+from vatt_engine.data.config import DataConfig
+from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader
+from vatt_engine.data.manifest import read_manifest
+from vatt_engine.data.words import Vocabulary
+from vatt_engine.schema import ConfigError, replace
+from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.pretrain import pretrain
+from vatt_engine.tasks.retrieve import RetrieveConfig, embed_captions, embed_clips, pair, retrieve
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_train=8, num_heldout=12, num_threads=2)
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory) -> str:
+    out = str(tmp_path_factory.mktemp("run") / "run")
+    changes = {
+        "data.train": str(world.train),
+        "out": out,
+        "data.batch_size": 8,
+        "engine.steps": 1,
+        "engine.device": "cpu",
+    }
+    layers = {f"model.{modality}.transformer.num_layers": 1 for modality in ("video", "audio", "text")}
+    assert pretrain(replace(load_config("demo"), changes | layers)) == 0
+    return out
+
+
+class Means(nn.Module):
+    """Embeddings that can be computed by hand: mean colour, mean and spread of the sound, first word ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        if batch.video is None:
+            return Embeddings(text_video=batch.text[..., :3].float())
+        colour = batch.video.float().mean((1, 2, 3))
+        sound = torch.stack([batch.audio.mean(1), batch.audio.std(1)], 1)
+        return Embeddings(video_audio=colour[:, :2], audio_video=sound, video_text=colour)
+
+
+def test_windows_are_averaged_before_they_are_normalised(world):
+    samples = read_manifest(world.heldout)[:3]
+    config = DataConfig(num_frames=4, frame_size=32, num_samples=4000, sample_rate=8000, num_windows=3, num_threads=1)
+    rows = {sample.id: [] for sample in samples}
+    with Loader(samples, config, train=False, batch_size=2) as loader:
+        for batch in loader:
+            for sample_id, video in zip(batch.sample_id.tolist(), batch.video):
+                rows[sample_id].append(video.float().mean((0, 1, 2)))
+        found = embed_clips(Means(), loader, samples)
+    assert list(found["video_text"]) == [sample.id for sample in samples]
+    for sample in samples:
+        assert len(rows[sample.id]) == 3
+        expected = F.normalize(torch.stack(rows[sample.id]).mean(0), dim=0)
+        torch.testing.assert_close(found["video_text"][sample.id], expected)
+        assert found["audio"][sample.id].norm().item() == pytest.approx(1.0)
+
+
+def test_the_text_of_a_clip_is_its_first_caption(world):
+    samples = read_manifest(world.heldout)[:4]
+    vocabulary = Vocabulary.train([caption.text for sample in samples for caption in sample.captions])
+    found = embed_captions(Means(), vocabulary, samples, max_words=16, batch_size=3)
+    for sample in samples:
+        ids = torch.tensor(vocabulary.encode(sample.captions[0].text)[:3]).float()
+        torch.testing.assert_close(found[sample.id], F.normalize(ids, dim=0))
+
+
+def test_pairs_skip_what_the_other_side_lacks():
+    row = torch.ones(2)
+    ids, targets = pair({1: row, 2: row, 3: row}, {3: row, 9: row, 1: row})
+    assert (ids, targets.tolist()) == ([1, 3], [2, 0])
+
+
+def test_prints_and_writes_every_direction(run, world, capsys):
+    assert main(["retrieve", run, "--data", str(world.heldout), "--num_windows", "2"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((Path(run) / "retrieval.json").read_text())
+    assert list(result["tasks"]) == ["text -> video", "video -> text", "audio -> video", "video -> audio"]
+    for task, metrics in result["tasks"].items():
+        assert task in out
+        assert (metrics["queries"], metrics["candidates"]) == (12, 12)
+        assert metrics["chance R@10"] == pytest.approx(1000 / 12)
+        assert 0 <= metrics["R@1"] <= metrics["R@5"] <= metrics["R@10"] <= 100
+        assert 1 <= metrics["MedR"] <= 12
+    assert (result["step"], result["num_windows"], result["skipped"]) == (1, 2, [])
+    for query in ("text", "audio"):
+        assert (Path(run) / "plots" / f"similarity-{query}-video.png").stat().st_size > 1000
+
+
+def test_bad_clips_are_named_and_left_out(run, world, tmp_path):
+    rows = [json.loads(line) for line in world.heldout.read_text().splitlines()]
+    for row in rows:
+        row["path"] = str(world.heldout.parent / row["path"])
+    (tmp_path / "text.mp4").write_text("not a video")
+    rows[0]["path"] = str(tmp_path / "text.mp4")
+    rows[1]["captions"] = []
+    manifest = tmp_path / "heldout.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = retrieve(RetrieveConfig(run=run, data=str(manifest), num_windows=1, device="cpu"))
+    assert [entry["path"] for entry in result["skipped"]] == [rows[0]["path"]]
+    counts = {task: (metrics["queries"], metrics["candidates"]) for task, metrics in result["tasks"].items()}
+    assert counts == {
+        "text -> video": (10, 11),
+        "video -> text": (10, 10),
+        "audio -> video": (11, 11),
+        "video -> audio": (11, 11),
+    }
+
+
+def test_evaluation_is_the_same_twice(run, world):
+    config = RetrieveConfig(run=run, data=str(world.heldout), num_windows=1, device="cpu")
+    assert retrieve(config) == retrieve(config)
+
+
+def test_refuses_what_is_no_run(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.yaml: the config file must exist"):
+        retrieve(RetrieveConfig(run=str(tmp_path), data=str(world.heldout)))

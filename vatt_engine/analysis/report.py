@@ -1,0 +1,174 @@
+"""Pictures and tables of a run: loss curves, similarity matrices, aligned text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+LOSS_TERMS = {"total": "total", "video_audio": "video-audio NCE", "video_text": "video-text MIL-NCE"}
+COLORS = ("#1b1b1b", "#1f77b4", "#d1662c")
+NORM_COLOR = "#6f7680"
+GRID = {"color": "#d9d9d9", "linewidth": 0.6}
+
+
+def plot_losses(run_dir: str | Path) -> Path | None:
+    """Draw a run's loss terms, learning rate and gradient norm over its steps into `plots/loss.png`.
+
+    Args:
+        run_dir: run folder with metrics.jsonl, one JSON object with `step` per line; a last line cut short is ignored,
+            a value of null leaves a gap, a term that is 0 throughout (no such modality) is left out.
+
+    Returns:
+        The picture's path, or None where no step has been recorded yet.
+
+    Raises:
+        ValueError: metrics.jsonl is missing or has a bad line; the message has the line.
+        RuntimeError: matplotlib is not installed.
+
+    >>> plot_losses("runs/demo")  # doctest: +SKIP
+    """
+    run_dir = Path(run_dir)
+    records = _read_records(run_dir / "metrics.jsonl")
+    if not records:
+        return None
+    steps = [record["step"] for record in records]
+    figure = _figure(8, 5.4)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+
+    for (name, label), color in zip(LOSS_TERMS.items(), COLORS):
+        values = _series(records, name)
+        if any(value and math.isfinite(value) for value in values):
+            width = 2.0 if name == "total" else 1.4
+            losses.plot(steps, values, color=color, linewidth=width, label=label, **_markers(steps))
+    losses.set_ylabel("loss (nats)")
+    losses.set_title(f"Training of {run_dir.name or run_dir.resolve().name}", loc="left")
+    if losses.lines:
+        losses.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+    rates.plot(steps, _series(records, "lr"), color=COLORS[1], **_markers(steps))
+    rates.set_ylabel("learning rate", color=COLORS[1])
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rates.set_xlabel("step")
+    norms = rates.twinx()
+    norms.plot(steps, _series(records, "grad_norm"), color=NORM_COLOR, linewidth=1.0, **_markers(steps))
+    norms.set_ylabel("gradient norm", color=NORM_COLOR)
+    norms.set_ylim(bottom=0)
+
+    for axes in (losses, rates):
+        axes.grid(**GRID)
+    for axes in (losses, rates, norms):
+        axes.spines["top"].set_visible(False)
+    losses.spines["right"].set_visible(False)
+    return _save(figure, run_dir / "plots" / "loss.png")
+
+
+def plot_similarity(
+    matrix: Tensor, path: str | Path, title: str, *, query: str = "text", candidate: str = "video"
+) -> Path:
+    """Draw a similarity matrix as an image; right answers lie on the diagonal.
+
+    Args:
+        matrix: [Nq, Nc], finite cosines; rows are queries.
+        path: the PNG to write.
+        title: what the picture shows.
+        query: name of the rows' modality.
+        candidate: name of the columns' modality.
+
+    Raises:
+        ValueError: `matrix` is not a finite [Nq, Nc].
+        RuntimeError: matplotlib is not installed.
+
+    >>> plot_similarity(torch.eye(8), "similarity.png", "Identity")  # doctest: +SKIP
+    """
+    if matrix.ndim != 2 or 0 in matrix.shape or not matrix.isfinite().all():
+        raise ValueError(f"plot_similarity: matrix must be finite [Nq, Nc], got {list(matrix.shape)}.")
+    values = matrix.detach().cpu().double().numpy()
+    figure = _figure(6.4, 5.4)
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", aspect="equal", interpolation="nearest")
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(f"{candidate} (candidate)")
+    axes.set_ylabel(f"{query} (query)")
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label("cosine similarity")
+    bar.outline.set_visible(False)
+    return _save(figure, Path(path))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as plain text in aligned columns; columns in the order in which keys first appear.
+
+    Words are aligned left and numbers right; floats get one decimal, a missing value or None is a dash.
+
+    >>> print(table([{"task": "text -> video", "R@1": 12.5}, {"task": "audio -> video", "R@1": 7.0}]))
+    task             R@1
+    --------------  ----
+    text -> video   12.5
+    audio -> video   7.0
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        cells = [column, *map(_cell, values)]
+        width = max(map(len, cells))
+        numeric = any(isinstance(value, int | float) for value in values)
+        cells.insert(1, "-" * width)
+        lines.append([cell.rjust(width) if numeric else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*lines))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: metrics must be a readable file of a run, got {error}.") from None
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: line must be JSON, got {error.msg}.") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{number}: line must be an object with a step, got {line[:80]!r}.")
+        records.append(record)
+    return records
+
+
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    values = (record.get(name) for record in records)
+    return [float(value) if isinstance(value, int | float) else math.nan for value in values]
+
+
+def _markers(steps: Sequence[int]) -> dict[str, Any]:
+    """Dots where lines alone would show nothing."""
+    return {"marker": "o", "markersize": 3.5} if len(steps) < 10 else {}
+
+
+def _figure(width: float, height: float):
+    """A figure of its own, drawn with Agg: no display, no global state of pyplot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("report: matplotlib must be installed for plots. Run `pip install matplotlib`.") from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

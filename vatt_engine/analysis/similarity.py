@@ -1,0 +1,95 @@
+"""Zero-shot retrieval metrics from a similarity matrix: recall at k and median rank, in which ties never help."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Rank of each query's target among all candidates, 1 for the best.
+
+        rank_i = number of candidates j with s[i, j] >= s[i, target_i]
+
+    The target counts itself, and every tie counts against it: the rank does not depend on a sorting algorithm, and a
+    collapsed model, whose similarities are all equal, ranks everything last instead of first.
+
+    Args:
+        similarity: [Nq, Nc], finite; row i holds query i's similarity to each candidate.
+        targets: [Nq], int64, the right candidate of each query; None means candidate i for query i.
+
+    Returns:
+        [Nq], int64, in 1..Nc.
+
+    Raises:
+        ValueError: a shape, an index or a value is not as above.
+
+    >>> target_ranks(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).tolist()
+    [1, 2]
+    """
+    if similarity.ndim != 2 or 0 in similarity.shape:
+        raise ValueError(f"retrieval: similarity must be [queries, candidates], got {list(similarity.shape)}.")
+    if not similarity.isfinite().all():
+        bad = int((~similarity.isfinite()).sum())
+        raise ValueError(f"retrieval: similarity must be finite, got {bad} NaN or infinite values.")
+    num_queries, num_candidates = similarity.shape
+    if targets is None:
+        if num_queries != num_candidates:
+            shape = list(similarity.shape)
+            raise ValueError(f"retrieval: similarity must be square where there are no targets, got {shape}.")
+        targets = torch.arange(num_queries, device=similarity.device)
+    if targets.shape != (num_queries,) or targets.dtype != torch.int64:
+        found = f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"retrieval: targets must be int64 [{num_queries}], got {found}.")
+    if targets.min() < 0 or targets.max() >= num_candidates:
+        found = f"{int(targets.min())}..{int(targets.max())}"
+        raise ValueError(f"retrieval: targets must be in 0..{num_candidates - 1}, got {found}.")
+    own = similarity.gather(1, targets[:, None])
+    return (similarity >= own).sum(1)
+
+
+def recall_at_k(ranks: Tensor, k: int) -> float:
+    """Share of queries whose target is among the best k, in percent.
+
+    Args:
+        ranks: [Nq], 1-based, from target_ranks.
+        k: number of candidates looked at, >= 1.
+
+    Raises:
+        ValueError: `k` is not positive.
+
+    >>> recall_at_k(torch.tensor([1, 7, 3, 2]), 3)
+    75.0
+    """
+    if k < 1:
+        raise ValueError(f"recall_at_k: k must be at least 1, got {k}.")
+    return 100 * (ranks <= k).double().mean().item()
+
+
+def median_rank(ranks: Tensor) -> float:
+    """Median of 1-based ranks, the mean of the two middle ones for an even number (MedR: median of 0-based ranks + 1).
+
+    >>> median_rank(torch.tensor([1, 7, 3, 2]))
+    2.5
+    """
+    return ranks.double().quantile(0.5).item()
+
+
+def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict[str, float]:
+    """R@1, R@5, R@10 in percent, the median rank MedR, and `chance`: the R@10 in percent of guessing.
+
+    Args:
+        similarity: [Nq, Nc], see target_ranks.
+        targets: [Nq], int64, or None for the diagonal.
+
+    Raises:
+        ValueError: see target_ranks.
+
+    Source: official vatt/utils/eval/measures.py (there fractions, and ties in the order of a sort).
+
+    >>> retrieval_metrics(torch.eye(20))
+    {'R@1': 100.0, 'R@5': 100.0, 'R@10': 100.0, 'MedR': 1.0, 'chance': 50.0}
+    """
+    ranks = target_ranks(similarity, targets)
+    metrics = {f"R@{k}": recall_at_k(ranks, k) for k in (1, 5, 10)}
+    return metrics | {"MedR": median_rank(ranks), "chance": 100 * min(1.0, 10 / similarity.shape[1])}

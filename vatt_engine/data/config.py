@@ -1,0 +1,91 @@
+"""DataConfig: what a clip is, and how clips are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.streams import MediaLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a clip is, and how clips are loaded.
+
+    Args:
+        train: manifest of the training set, .jsonl or .csv.
+        eval: manifest of the evaluation set.
+        batch_size: clips per batch.
+        num_frames: frames per clip, T.
+        fps: frames per second of the clip, whatever the file has.
+        frame_size: height and width of the frames a model gets, in pixels.
+        num_samples: audio samples per clip, L; 0 loads no sound.
+        sample_rate: samples per second, whatever the file has.
+        num_candidates: captions per clip, P, the nearest in time; 0 loads no text.
+        max_words: words per caption, W; longer ones are cut.
+        num_windows: evaluation only: clips per file, evenly spaced; 1 takes the centre.
+        decode_size: short side that larger frames are scaled down to before cropping; None: 8/7 of frame_size.
+        cache: "memory" decodes each file once, whole, and cuts windows at its frames; for sets that fit.
+        cache_gib: largest size of that cache in GiB.
+        num_threads: files decoded at the same time; 0: as many as CPUs. It never changes a batch.
+        prefetch: batches made ahead.
+        max_bad_fraction: share of unusable samples, of at least 100, above which training stops.
+        limits: what one file may ask for.
+        augment: training only.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Source: paper section 4.1.1 and 4.1.2 (32 frames at 10 fps, 153,600 samples at 48 kHz, 5 x 16 words).
+
+    >>> DataConfig().clip_seconds
+    3.2
+    """
+
+    train: str = ""
+    eval: str = ""
+    batch_size: int = 64
+    num_frames: int = 32
+    fps: float = 10.0
+    frame_size: int = 224
+    num_samples: int = 153_600
+    sample_rate: int = 48_000
+    num_candidates: int = 5
+    max_words: int = 16
+    num_windows: int = 1
+    decode_size: int | None = None
+    cache: Literal["none", "memory"] = "none"
+    cache_gib: float = 8.0
+    num_threads: int = 0
+    prefetch: int = 2
+    max_bad_fraction: float = 0.05
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        lowest = {"num_samples": 0, "num_candidates": 0, "num_threads": 0}
+        ones = ("batch_size", "num_frames", "frame_size", "sample_rate", "max_words", "num_windows", "prefetch")
+        for name, least in (lowest | dict.fromkeys(ones, 1)).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"DataConfig: {name} must be at least {least}, got {getattr(self, name)}.")
+        for name in ("fps", "cache_gib"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"DataConfig: {name} must be above 0, got {getattr(self, name)}.")
+        if self.cache not in ("none", "memory"):
+            raise ValueError(f"DataConfig: cache must be 'none' or 'memory', got {self.cache!r}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"DataConfig: max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}.")
+        if self.decode_size is not None and self.decode_size < self.frame_size:
+            hint = f"Frames of {self.frame_size} would be enlarged."
+            raise ValueError(f"DataConfig: decode_size must be at least frame_size, got {self.decode_size}. {hint}")
+
+    @property
+    def clip_seconds(self) -> float:
+        """Length of a clip: the longer of picture and sound."""
+        return max(self.num_frames / self.fps, self.num_samples / self.sample_rate)
+
+    @property
+    def short_side(self) -> int:
+        """Short side in pixels that files are decoded to."""
+        return self.decode_size or round(self.frame_size * 8 / 7)

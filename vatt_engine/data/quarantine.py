@@ -1,0 +1,80 @@
+"""Files that could not be used, counted and named: quarantine.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vatt_engine.data.manifest import Sample
+
+MIN_SEEN = 100  # samples before the share of bad ones means anything
+
+
+class QuarantineError(ValueError):
+    """Too many files of a set cannot be used."""
+
+
+class Quarantine:
+    """The faults of a run, each (file, reason) once, appended to a JSONL file as they are found.
+
+    A line is `{"path", "line" (of the manifest), "reason", "epoch", "skipped"}`; `skipped` is false for a note about a
+    sample that was kept. Lines of an earlier part of the run are read back, so that resuming does not repeat them.
+
+    Args:
+        path: the JSONL file; None keeps the entries in memory alone.
+
+    >>> len(Quarantine())
+    0
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.path = None if path is None else Path(path)
+        self.entries: list[dict] = []
+        self.num_seen = self.num_bad = 0
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self.entries.append(json.loads(line))
+                except ValueError:  # the last line of a run that was killed while writing it
+                    continue
+        self._known = {(entry["path"], entry["reason"]) for entry in self.entries}
+
+    def __len__(self) -> int:
+        """Number of files that were skipped at least once."""
+        return len({entry["path"] for entry in self.entries if entry["skipped"]})
+
+    def add(self, sample: Sample, reason: str, epoch: int, *, skipped: bool = True) -> None:
+        """Name one fault, or one note about a sample that was kept."""
+        place = {"path": str(sample.path), "line": sample.line}
+        entry = place | {"reason": reason, "epoch": epoch, "skipped": skipped}
+        if (entry["path"], reason) in self._known:
+            return
+        self._known.add((entry["path"], reason))
+        self.entries.append(entry)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def count(self, *, seen: int, bad: int) -> None:
+        """Count samples that were asked for, and those of them that were bad."""
+        self.num_seen += seen
+        self.num_bad += bad
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Stop a run whose set is broken.
+
+        Raises:
+            QuarantineError: more than `max_bad_fraction` of at least 100 samples were bad.
+        """
+        if self.num_seen >= MIN_SEEN and self.num_bad > max_bad_fraction * self.num_seen:
+            raise QuarantineError(
+                f"loader: at most {max_bad_fraction:.1%} of the samples must be bad, got {self.num_bad} of"
+                f" {self.num_seen}. {self.first()} See data.max_bad_fraction."
+            )
+
+    def first(self, count: int = 3) -> str:
+        """The first few faults, for messages."""
+        bad = [entry for entry in self.entries if entry["skipped"]]
+        named = " ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:count])
+        return f"The first: {named}" if bad else ""

@@ -1,0 +1,174 @@
+"""A pre-training run's configuration: the Config of each room in one tree, recipes that fill it, YAML files on top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.config import DataConfig
+from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.optim import OptimConfig
+from vatt_engine.engine.schedule import ScheduleConfig
+from vatt_engine.losses import LossConfig
+from vatt_engine.models import VATTConfig, model_config
+from vatt_engine.schema import ConfigError, from_dict, load_yaml, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """Where words and their vectors come from.
+
+    Args:
+        vocabulary: tokenizer.json or a text file of one word per line; None trains one on the captions of the training
+            manifest, of at most `model.text.vocabulary_size` words.
+        vectors: word2vec file (text or .bin) or .npz; its vectors replace the rows of the words it has, and the table
+            is then frozen unless `model.text.freeze_embedding` says otherwise. None trains the table from scratch.
+    """
+
+    vocabulary: str | None = None
+    vectors: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Self-supervised pre-training on video, audio and text.
+
+    Args:
+        out: run folder; receives config.yaml, env.json, metrics.jsonl, checkpoints/, quarantine.jsonl, plots/.
+    """
+
+    out: str = "runs/pretrain"
+    model: VATTConfig = field(default_factory=VATTConfig)
+    text: WordsConfig = field(default_factory=WordsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def check_shapes(self) -> None:
+        """Refuse clips of another size than the model's.
+
+        Raises:
+            ConfigError: with both values.
+        """
+        model, data = self.model, self.data
+        for name, given, key, wanted in (
+            ("num_frames", data.num_frames, "video.num_frames", model.video.num_frames),
+            ("frame_size", (data.frame_size, data.frame_size), "video.frame_size", model.video.frame_size),
+            ("num_samples", data.num_samples or model.audio.num_samples, "audio.num_samples", model.audio.num_samples),
+            ("max_words", data.max_words, "text.max_words", model.text.max_words),
+        ):
+            if given != wanted:
+                raise ConfigError(
+                    f"vatt pretrain: data.{name} must equal model.{key} {wanted}, got {given}. Set both to train on "
+                    "clips of another size."
+                )
+
+
+def _official(name: str) -> PretrainConfig:
+    """The settings of the released checkpoints: Adam, 5k warm-up, 1e-4 -> 5e-5 in 500k steps, batch 2048, DropToken.
+
+    Source: official vatt/configs and paper section 4.1.
+    """
+    return PretrainConfig(
+        out=f"runs/{name.replace('_', '-')}", model=model_config(name), data=DataConfig(batch_size=2048)
+    )
+
+
+def vatt_bbs() -> PretrainConfig:
+    """Base video, Base audio, Small text."""
+    return _official("vatt_bbs")
+
+
+def vatt_mbs() -> PretrainConfig:
+    """Medium video, Base audio, Small text."""
+    return _official("vatt_mbs")
+
+
+def vatt_lbs() -> PretrainConfig:
+    """Large video, Base audio, Small text."""
+    return _official("vatt_lbs")
+
+
+def vatt_ma_base() -> PretrainConfig:
+    """Modality-agnostic Base: one transformer for the three modalities."""
+    return _official("vatt_ma_base")
+
+
+def vatt_ma_medium() -> PretrainConfig:
+    """Modality-agnostic Medium."""
+    return _official("vatt_ma_medium")
+
+
+def vatt_ma_large() -> PretrainConfig:
+    """Modality-agnostic Large."""
+    return _official("vatt_ma_large")
+
+
+def demo() -> PretrainConfig:
+    """The demo world on a CPU: vatt_tiny on 0.8 s of picture and sound, minutes on two cores."""
+    steps = 600
+    data = DataConfig(
+        batch_size=64,
+        num_frames=8,
+        fps=10.0,
+        frame_size=48,
+        num_samples=9_600,
+        sample_rate=12_000,
+        cache="memory",
+        augment=AugmentConfig(flip=0.0, color_jitter=0.0),  # captions name colours and directions
+    )
+    return PretrainConfig(
+        out="runs/demo/run",
+        model=model_config("vatt_tiny"),
+        data=data,
+        schedule=ScheduleConfig(peak=1e-3, final=1e-5, warmup_steps=60, total_steps=steps),
+        engine=EngineConfig(steps=steps, log_every=20, save_every=200),
+    )
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (demo, vatt_bbs, vatt_mbs, vatt_lbs, vatt_ma_base, vatt_ma_medium, vatt_ma_large)
+}
+
+
+def recipe(name: str, *, where: str = "vatt pretrain") -> PretrainConfig:
+    """A recipe's config by its name, `-` or `_`.
+
+    Raises:
+        ConfigError: there is none of this name.
+
+    >>> recipe("vatt-mbs").schedule.warmup_steps
+    5000
+    """
+    key = name.replace("-", "_")
+    if key not in RECIPES:
+        raise ConfigError(f"{where}: recipe must be one of {', '.join(RECIPES)}, got {name!r}. {nearest(key, RECIPES)}")
+    return RECIPES[key]()
+
+
+def load_config(source: str) -> PretrainConfig:
+    """The config of a recipe's name, or of a YAML file: its optional `recipe:` as a base, its other keys on top.
+
+    Raises:
+        ConfigError: no such recipe or file, or a wrong key or value, with `file:line:`.
+
+    >>> load_config("demo").engine.steps
+    600
+    """
+    is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
+    if not is_file:
+        return recipe(source)
+    document = load_yaml(source)
+    values, base = dict(document.values), PretrainConfig()
+    if "recipe" in values:
+        name = values.pop("recipe")
+        where = f"{document.where}:{document.lines['recipe']}"
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
+        base = recipe(name, where=where)
+    return from_dict(PretrainConfig, values, where=document.where, base=base, lines=document.lines)

@@ -1,0 +1,177 @@
+"""`vatt retrieve RUN --data MANIFEST`: zero-shot retrieval between the modalities of held-out clips, against chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vatt_engine.analysis.report import plot_similarity, table
+from vatt_engine.analysis.similarity import retrieval_metrics
+from vatt_engine.batch import Batch
+from vatt_engine.data.loader import Loader
+from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.data.words import Vocabulary
+from vatt_engine.engine.checkpoint import CheckpointError, load_latest
+from vatt_engine.engine.logging import write_text
+from vatt_engine.models import VATT, build_model
+from vatt_engine.schema import ConfigError
+from vatt_engine.tasks.config import PretrainConfig, load_config
+from vatt_engine.tasks.flags import parse_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveConfig:
+    """Zero-shot retrieval with the newest valid checkpoint of a run.
+
+    The text of a clip is its first caption. Writes RUN/retrieval.json and RUN/plots/similarity-*.png.
+
+    Args:
+        run: run folder of `vatt pretrain`.
+        data: manifest of clips the run has not seen.
+        num_windows: windows per clip, whose embeddings are averaged before they are normalised (official: 4).
+        batch_size: windows embedded at once.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    """
+
+    run: str
+    data: str
+    num_windows: int = 4
+    batch_size: int = 32
+    device: str = "auto"
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse_flags(RetrieveConfig, argv, prog="vatt retrieve", positional=("run",))
+    result = retrieve(config)
+    for entry in result["skipped"]:
+        print(f"skipped {entry['path']}: {entry['reason']}")
+    rows = [{"task": task, **metrics} for task, metrics in result["tasks"].items()]
+    print(table(rows))
+    print(f"R@k and chance in percent, checkpoint of step {result['step']}, {Path(config.run) / 'retrieval.json'}")
+    return 0
+
+
+@torch.inference_mode()
+def retrieve(config: RetrieveConfig) -> dict[str, Any]:
+    """Embed every clip of a manifest and rank each modality's clips for another's queries.
+
+    Returns:
+        {"run", "step", "data", "num_windows", "tasks": {"text -> video": {"R@1", ..., "MedR", "chance R@10",
+        "queries", "candidates"}}, "skipped": [quarantine entries]}; a task is there if the run was trained for it.
+
+    Raises:
+        ValueError: the run, its checkpoints or the manifest cannot be used.
+
+    >>> retrieve(RetrieveConfig(run="runs/demo/run", data="world/heldout.jsonl"))["tasks"]  # doctest: +SKIP
+    """
+    run_dir = Path(config.run)
+    run, model, vocabulary, step = load_run(run_dir, config.device)
+    samples = read_manifest(config.data)
+    data = dataclasses.replace(run.data, num_windows=config.num_windows)
+    with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
+        found = embed_clips(model, loader, samples)
+        skipped = [entry for entry in loader.quarantine.entries if entry["skipped"]]
+    usable = [sample for sample in samples if sample.id in found["video_text"]]
+    found["text"] = embed_captions(model, vocabulary, usable, data.max_words, config.batch_size)
+
+    tasks: dict[str, dict[str, float]] = {}
+    for query, candidate, space in (
+        ("text", "video", "video_text"),
+        ("video", "text", "video_text"),
+        ("audio", "video", "video_audio"),
+        ("video", "audio", "video_audio"),
+    ):
+        if getattr(run.loss, f"{space}_weight") == 0 or (space == "video_audio" and not data.num_samples):
+            continue
+        queries = found[space if query == "video" else query]
+        candidates = found[space if candidate == "video" else candidate]
+        ids, targets = pair(queries, candidates)
+        if not ids:
+            continue
+        similarity = torch.stack([queries[i] for i in ids]) @ torch.stack(list(candidates.values())).T
+        metrics = retrieval_metrics(similarity, targets)
+        metrics["chance R@10"] = metrics.pop("chance")
+        tasks[f"{query} -> {candidate}"] = metrics | {"queries": len(ids), "candidates": len(candidates)}
+        if candidate == "video":
+            path = run_dir / "plots" / f"similarity-{query}-video.png"
+            plot_similarity(similarity, path, f"{query} to video, held out", query=query, candidate=candidate)
+    if not tasks:
+        raise ConfigError(f"{config.data}: the manifest must have a clip with sound or a caption, got none to compare.")
+    result = {"run": config.run, "step": step, "data": config.data, "num_windows": config.num_windows}
+    result |= {"tasks": tasks, "skipped": skipped}
+    write_text(run_dir / "retrieval.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def load_run(run_dir: Path, device: str = "auto") -> tuple[PretrainConfig, VATT, Vocabulary, int]:
+    """Config, model in evaluation mode, vocabulary and step of a run's newest valid checkpoint.
+
+    Raises:
+        ValueError: the folder is no run, or no checkpoint is valid and fits its config.
+    """
+    config = load_config(str(run_dir / "config.yaml"))
+    target = dataclasses.replace(config.engine, device=device).torch_device()
+    checkpoint = load_latest(run_dir)
+    for reason in checkpoint.skipped:
+        print(reason)
+    model = build_model(config.model)
+    try:
+        model.load_state_dict(checkpoint.tensors.get("model", {}))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights must fit {run_dir / 'config.yaml'}, got: {reason}"
+        ) from error
+    return config, model.to(target).eval(), Vocabulary.load(run_dir / "tokenizer.json"), checkpoint.step
+
+
+def embed_clips(model: VATT, loader: Loader, samples: Sequence[Sample]) -> dict[str, dict[int, Tensor]]:
+    """Unit embeddings of the clips that could be decoded, by sample id; the mean over a clip's windows, normalised.
+
+    Returns:
+        "video_text" and "video_audio": the videos in both spaces; "audio": the sounds of clips that have any.
+    """
+    device = next(model.parameters()).device
+    sums: dict[str, dict[int, Tensor]] = {"video_text": {}, "video_audio": {}, "audio": {}}
+    for batch in loader:
+        outputs = model(batch.to(device))
+        for index, sample_id in enumerate(batch.sample_id.tolist()):
+            rows = {"video_text": outputs.video_text, "video_audio": outputs.video_audio}
+            if batch.audio_mask is not None and batch.audio_mask[index]:
+                rows["audio"] = outputs.audio_video
+            for name, values in rows.items():
+                if values is not None:
+                    row = values[index].float().cpu()
+                    sums[name][sample_id] = sums[name][sample_id] + row if sample_id in sums[name] else row
+    order = [sample.id for sample in samples]
+    return {name: {i: F.normalize(rows[i], dim=0) for i in order if i in rows} for name, rows in sums.items()}
+
+
+def embed_captions(
+    model: VATT, vocabulary: Vocabulary, samples: Sequence[Sample], max_words: int, batch_size: int
+) -> dict[int, Tensor]:
+    """Unit embedding of the first caption of each sample that has one, by sample id."""
+    device = next(model.parameters()).device
+    captioned = [sample for sample in samples if sample.captions]
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(captioned), batch_size):
+        part = captioned[start : start + batch_size]
+        words = vocabulary.encode_batch([sample.captions[0].text for sample in part], max_words)
+        rows = model(Batch(text=words[:, None].to(device))).text_video[:, 0].float().cpu()
+        found |= {sample.id: row for sample, row in zip(part, F.normalize(rows, dim=1))}
+    return found
+
+
+def pair(queries: dict[int, Tensor], candidates: dict[int, Tensor]) -> tuple[list[int], Tensor]:
+    """Ids of the queries that have a right answer, and its place among the candidates [Nq]."""
+    places = {sample_id: place for place, sample_id in enumerate(candidates)}
+    ids = [sample_id for sample_id in queries if sample_id in places]
+    return ids, torch.tensor([places[i] for i in ids], dtype=torch.int64)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 KeepMode = Literal["batch", "sample"]
+# Fans of a patch projection's Glorot-uniform weight. "conv" is Keras' for a convolution: tokens start some 20 times
+# smaller than their positions. "dense" is that of a Linear layer: tokens of unit size, so short runs learn sooner.
+PatchInit = Literal["conv", "dense"]
 
 
 def _check(condition: bool, where: str, expectation: str, value: object) -> None:
@@ -85,6 +88,7 @@ class VideoConfig:
     num_frames: int = 32
     frame_size: tuple[int, int] = (224, 224)  # height, width
     patch: tuple[int, int, int] = (4, 16, 16)  # frames, height, width
+    patch_init: PatchInit = "conv"
     pre_projection: bool = False  # Dense + GELU before the position; the modality-agnostic models have it
     post_projection: int = 0  # width of the Dense + GELU behind the transformer; 0 for none
     drop_token: DropTokenConfig = field(default_factory=DropTokenConfig)
@@ -108,6 +112,7 @@ class AudioConfig:
     input: Literal["waveform", "spectrogram"] = "waveform"
     num_samples: int = 153_600  # 3.2 s at 48 kHz
     patch: tuple[int, ...] = (128,)  # samples, or (spectrogram steps, mel bins)
+    patch_init: PatchInit = "conv"
     num_mels: int = 80
     # The released code gives spectrogram patch n = t*S + s the position (t', s') = (n mod T, n div T); "grid" gives
     # it (t, s). The waveform has one axis and no such choice.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vatt_engine import ops
 from vatt_engine.models import init
-from vatt_engine.models.config import AudioConfig, DropTokenConfig, PositionConfig, VideoConfig
+from vatt_engine.models.config import AudioConfig, DropTokenConfig, PatchInit, PositionConfig, VideoConfig
 from vatt_engine.models.spectrogram import mel_spectrogram
 from vatt_engine.models.transformer import layer_norm
 
@@ -25,7 +25,7 @@ class VoxelPatch(nn.Module):
         volume = config.patch[0] * config.patch[1] * config.patch[2]
         self.weight = nn.Parameter(torch.empty(dim, volume * 3))
         self.bias = nn.Parameter(torch.zeros(dim))
-        init.glorot_uniform_(self.weight, volume * 3, volume * dim)  # Keras' fans of a Conv3D
+        _init_patch(self.weight, volume, config.patch_init)
 
     def prepare(self, video: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The video itself, and its token grid."""
@@ -45,7 +45,7 @@ class WaveformPatch(nn.Module):
         (self.patch,) = config.patch
         self.weight = nn.Parameter(torch.empty(dim, self.patch))
         self.bias = nn.Parameter(torch.zeros(dim))
-        init.glorot_uniform_(self.weight, self.patch, self.patch * dim)
+        _init_patch(self.weight, self.patch, config.patch_init)
 
     def prepare(self, wave: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The waveform itself, and its number of tokens."""
@@ -66,7 +66,7 @@ class SpectrogramPatch(nn.Module):
         volume = config.patch[0] * config.patch[1]
         self.weight = nn.Parameter(torch.empty(dim, volume))
         self.bias = nn.Parameter(torch.zeros(dim))
-        init.glorot_uniform_(self.weight, volume, volume * dim)
+        _init_patch(self.weight, volume, config.patch_init)
 
     def prepare(self, audio: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The spectrogram [B, steps, mels] of a waveform [B, L] (or itself), and its token grid."""
@@ -83,6 +83,12 @@ class SpectrogramPatch(nn.Module):
         if keep is not None:
             patches = ops.drop_token(patches, keep)
         return F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _init_patch(weight: Tensor, volume: int, kind: PatchInit) -> None:
+    """Glorot-uniform [D, volume * channels]; a convolution's output fan counts every place of the kernel."""
+    dim, fan_in = weight.shape
+    init.glorot_uniform_(weight, fan_in, dim * volume if kind == "conv" else dim)
 
 
 class PositionEmbedding(nn.Module):

@@ -60,9 +60,14 @@ def _tiny(name: str) -> VATTConfig:
     return VATTConfig(
         name=name,
         video=VideoConfig(
-            num_frames=8, frame_size=(48, 48), patch=(4, 8, 8), transformer=transformer, position=position
+            num_frames=8,
+            frame_size=(48, 48),
+            patch=(4, 8, 8),
+            patch_init="dense",
+            transformer=transformer,
+            position=position,
         ),
-        audio=AudioConfig(num_samples=9600, transformer=transformer, position=position),
+        audio=AudioConfig(num_samples=9600, patch_init="dense", transformer=transformer, position=position),
         text=TextConfig(vocabulary_size=1024, embedding_dim=64, transformer=replace(transformer, bias=False)),
         heads=HeadConfig(video_audio_dim=128, video_text_dim=128),
     )

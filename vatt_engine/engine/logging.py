@@ -52,6 +52,12 @@ class RunLog:
         self.first_step = self.last_step = resume_step
         self.width = 0
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def write(self, step: int, values: Mapping[str, float], *, clips: int) -> dict[str, Any]:
         """Record `values` after `step` steps; `clips` were trained on since the last record.
 

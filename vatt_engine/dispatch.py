@@ -99,9 +99,8 @@ def _pick(stem: str, op: str, args: Sequence[Any]) -> Callable[..., Any]:
     raise RuntimeError(f"{stem}: no {wanted} of {op} on {device} ({'; '.join(reasons) or 'it has none'}).")
 
 
-@torch.compiler.disable
 def _warn_once(stem: str, name: str, reason: str) -> None:
-    if (stem, name) not in _WARNED:
+    if not torch.compiler.is_compiling() and (stem, name) not in _WARNED:
         _WARNED.add((stem, name))
         warnings.warn(f"{stem}: {name} is not available, a slower implementation is used: {reason}", stacklevel=4)
 

@@ -62,7 +62,8 @@ def test_csv_with_json_captions(folder):
 
 
 def test_written_manifest_reads_back(folder, tmp_path_factory):
-    rows = '{"path": "a.mp4", "captions": [{"text": "\u00fc", "start": 0.1, "end": 2}]}\n{"path": "/x/y.mp4", "label": "k"}\n'
+    rows = '{"path": "a.mp4", "captions": [{"text": "\u00fc", "start": 0.1, "end": 2}]}\n'
+    rows += '{"path": "/x/y.mp4", "label": "k"}\n'
     samples = read_manifest(write(folder, "m.jsonl", rows))
     write_manifest(folder / "copy.jsonl", samples)
     assert json.loads((folder / "copy.jsonl").read_text().splitlines()[0])["path"] == "a.mp4"

@@ -1,0 +1,24 @@
+"""From media files to batches: manifests, decoding, augmentation, words, loading."""
+
+from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.loader import DataConfig, Loader
+from vatt_engine.data.manifest import Caption, ManifestError, Sample, read_manifest, write_manifest
+from vatt_engine.data.media import MediaError, decode, decode_clip, probe
+from vatt_engine.data.words import Vocabulary, load_word_vectors
+
+__all__ = [
+    "AugmentConfig",
+    "Caption",
+    "DataConfig",
+    "Loader",
+    "ManifestError",
+    "MediaError",
+    "Sample",
+    "Vocabulary",
+    "decode",
+    "decode_clip",
+    "load_word_vectors",
+    "probe",
+    "read_manifest",
+    "write_manifest",
+]

@@ -167,7 +167,7 @@ class Source:
         step = max(length, gap)
         end = begin + step
         pictures += [convert(shown) if picture is None else picture] * (len(times) - len(pictures))
-        reach = Reach(end, 0.1 + 2 * step, times[-1], sum(t < end for t in times), len(times), "frames")
+        reach = Reach(end, 0.02 + 1.5 * step, times[-1], sum(t < end for t in times), len(times), "frames")
         return torch.stack(pictures), reach
 
     def waveform(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor, int, Reach]:
@@ -182,7 +182,7 @@ class Source:
             if first < last:
                 wave[first:last] = pcm[first - offset : last - offset]
                 num_real = max(num_real, last)
-        return wave.nan_to_num_().clamp_(-1, 1), num_real, Reach(end, 0.25, stop, num_real, num_samples, "samples")
+        return wave.nan_to_num_().clamp_(-1, 1), num_real, Reach(end, 0.1, stop, num_real, num_samples, "samples")
 
     def _runs(self, start: float, stop: float, sample_rate: int) -> Iterator[tuple[float, Tensor]]:
         """(time of the first sample, resampled mono samples) of each stretch without a hole or a change of format."""
@@ -206,7 +206,8 @@ class _Run:
     def __init__(self, frame: Any, sample_rate: int):
         import av
 
-        self.resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
+        options = {"rematrix_maxval": "1.0"}  # the mean of the channels: without it loud stereo clips
+        self.resampler = av.AudioResampler("flt", "mono", sample_rate, options=options)
         self.form, self.rate = _form(frame), frame.sample_rate
         self.num_in, self.origins, self.pieces = 0, [], []
 

@@ -154,6 +154,7 @@ MESSAGES = [
         ["pretrain", "demo", "--steps", "3"],
         "must be a flag of this command, got an unknown one. Did you mean '--engine.steps'?",
     ),
+    (["pretrain", "demo", "--engine.steps=abc"], "vatt pretrain: --engine.steps must be an integer, got 'abc'."),
     (["pretrain", "demo", "--engine.steps", "3", "4"], "every word must belong to a flag, got 4."),
     (["pretrain", "demo", "--data.train", "nowhere.jsonl", "--out", "x/run"], "nowhere.jsonl"),
     (["retrieve"], "vatt retrieve: --run must be a string, got nothing."),

@@ -19,7 +19,9 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved.
 
-    >>> main(["doctor"])
+    >>> main(["--help"])
+    usage: vatt VERB ...
+    ...
     0
     """
     argv = list(sys.argv[1:] if argv is None else argv)

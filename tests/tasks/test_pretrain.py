@@ -221,6 +221,15 @@ def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
         pretrain(replace(config, {"data.train": str(other)}), resume=True)
 
 
+def test_nothing_is_unpickled(config):
+    events, watching = [], True
+    sys.addaudithook(lambda event, args: events.append(event) if watching and event.startswith("pickle") else None)
+    pretrain(replace(config, {"engine.steps": 1}))
+    pretrain(replace(config, {"engine.steps": 2}), resume=True)
+    watching = False
+    assert events == []
+
+
 def test_resume_without_a_checkpoint_starts(config, capsys):
     assert pretrain(replace(config, {"engine.steps": 1}), resume=True) == 0
     assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err

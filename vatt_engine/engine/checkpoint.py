@@ -67,7 +67,8 @@ def save(
     Raises:
         OSError: the disk is full, not writable, or broken; older checkpoints are then untouched.
 
-    >>> save("runs/demo", 500, {"model": module.state_dict()}, {"seed": 0})
+    >>> save("run", 500, {"model": {"weight": torch.ones(2)}}, {"seed": 0}).name
+    'step-00000500'
     """
     from safetensors.torch import save_file
 
@@ -106,8 +107,9 @@ def load_latest(run_dir: str | Path, *, device: str = "cpu") -> Checkpoint:
     Raises:
         CheckpointError: there is none; the message lists each damaged one with its file and reason.
 
-    >>> load_latest("runs/demo").step
-    600
+    >>> _ = save("run", 500, {"model": {"weight": torch.ones(2)}}, {"seed": 0})
+    >>> load_latest("run").tensors["model"]["weight"]
+    tensor([1., 1.])
     """
     from safetensors.torch import load_file
 

@@ -29,7 +29,10 @@ class RunLog:
         tensorboard: write `run_dir/tb` too; needs the tensorboard package.
         stream: where the progress line goes; rewritten in place on a terminal, else one line per record.
 
-    >>> log.write(10, {"total": 5.2}, clips=640)
+    >>> with RunLog("run", total_steps=100) as log:
+    ...     log.write(10, {"total": 5.2}, clips=640)["step"]
+    step 10/100  total 5.2  ... clips/s  eta 0:00
+    10
     """
 
     def __init__(
@@ -51,6 +54,12 @@ class RunLog:
         self.start = self.last = time.perf_counter()
         self.first_step = self.last_step = resume_step
         self.width = 0
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def write(self, step: int, values: Mapping[str, float], *, clips: int) -> dict[str, Any]:
         """Record `values` after `step` steps; `clips` were trained on since the last record.

@@ -28,15 +28,17 @@ def parse_flags(config: T | type[T], argv: Sequence[str], *, prog: str, position
     Raises:
         ConfigError: `<prog>: <flag> must <expectation>, got <value>.`
 
-    >>> parse_flags(EngineConfig(), ["--steps", "600"], prog="vatt").steps
-    600
+    >>> Point = dataclasses.make_dataclass("Point", [("x", int, 0)])
+    >>> parse_flags(Point, ["--x", "3"], prog="vatt")
+    Point(x=3)
     """
     import tyro
 
     cls = config if isinstance(config, type) else type(config)
     known = dict(_flags(cls))
     num_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    words, flags = list(argv[:num_words]), list(argv[num_words:])
+    words = list(argv[:num_words])
+    flags = [part for word in argv[num_words:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if len(words) > len(positional):
         takes = " ".join(name.upper() for name in positional) or "flags only"
         raise ConfigError(f"{prog}: the arguments before the flags must be {takes}, got {words}.")
@@ -72,13 +74,13 @@ def _checked(word: str, before: str, known: dict[str, Any], prog: str) -> str:
         hint = known.get(_name(before))
         return word.capitalize() if hint is bool or bool in typing.get_args(hint) else word
     if re.match(r"--?[A-Za-z]", word) and word not in ("-h", "--help") and _name(word) not in known:
-        flag, hint = word.partition("=")[0], _nearest_flag(_name(word), list(known))
-        raise ConfigError(f"{prog}: {flag} must be a flag of this command, got an unknown one. {hint}")
+        hint = _nearest_flag(_name(word), list(known))
+        raise ConfigError(f"{prog}: {word} must be a flag of this command, got an unknown one. {hint}")
     return word
 
 
 def _name(flag: str) -> str:
-    return flag.lstrip("-").partition("=")[0].replace("-", "_")
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _nearest_flag(name: str, known: list[str]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
 
 
 def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
-    run_dir, steps, seed = Path(config.out), config.engine.steps, config.engine.seed
+    run_dir, seed = Path(config.out), config.engine.seed
     device = config.engine.torch_device()
     config.check_shapes()
 
@@ -114,39 +114,44 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     vocabulary.save(run_dir / "tokenizer.json")
     write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
     write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
-    log = RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=config.engine.tensorboard)
-    log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
 
     # ------------------------------------------------ training
-    def save() -> None:
-        path = engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
-        log.say(f"saved {path}")
+    steps, board = config.engine.steps, config.engine.tensorboard
+    with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
+        log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        if config.schedule.total_steps != steps:
+            log.say(f"note: schedule.total_steps is {config.schedule.total_steps}, engine.steps {steps}")
+        _loop(config, engine, loader, log, stop)
+        stopped = engine.finished < steps
+        if stopped:
+            log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
+    plot_losses(run_dir)
+    return 128 + stop.received if stopped else 0
 
-    batches: Iterator[Batch] = iter(loader)
+
+def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, stop: StopSignals) -> None:
+    """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
+    every, batches = config.engine, iter(loader)
     window: list[StepOutput] = []
     clips, waited = 0, 0.0
-    while engine.finished < steps and stop.received is None:
+    while engine.finished < every.steps and stop.received is None:
         start = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(config.engine.accumulate)]
+        micro_batches = [next(batches) for _ in range(every.accumulate)]
         waited += time.perf_counter() - start
         window.append(engine.step(micro_batches))
         clips += sum(map(len, micro_batches))
-        if engine.finished % config.engine.log_every == 0 or engine.finished == steps:
+        last = engine.finished == every.steps or stop.received is not None
+        if engine.finished % every.log_every == 0 or last:
             values = _summary(window) | {"data_seconds": waited, "skipped": engine.skipped}
             log.write(engine.finished, values | {"quarantined": len(loader.quarantine)}, clips=clips)
             window, clips, waited = [], 0, 0.0
-        if engine.finished % config.engine.save_every == 0 and engine.finished < steps:
-            save()
+        if engine.finished % every.save_every == 0 and not last:
+            _save(engine, loader, config, log)
+    _save(engine, loader, config, log)
 
-    # ------------------------------------------------ the end, or a stop
-    save()
-    stopped = engine.finished < steps
-    if stopped:
-        log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
-    log.close()
-    loader.close()
-    plot_losses(run_dir)
-    return 128 + stop.received if stopped else 0
+
+def _save(engine: Engine, loader: Loader, config: PretrainConfig, log: RunLog) -> None:
+    log.say(f"saved {engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))}")
 
 
 def _open_run(run_dir: Path, resume: bool) -> bool:

@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"skipped {entry['path']}: {entry['reason']}")
     rows = [{"task": task, **metrics} for task, metrics in result["tasks"].items()]
     print(table(rows))
-    print(f"R@k and chance in percent, checkpoint of step {result['step']}, {Path(config.run) / 'retrieval.json'}")
+    where = Path(config.run) / "retrieval.json"
+    print(f"R@k and chance in percent, MedR from 1; checkpoint of step {result['step']}; also in {where}")
     return 0
 
 

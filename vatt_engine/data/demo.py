@@ -57,8 +57,8 @@ def make_world(
 ) -> WorldSummary:
     """Makes the demo world: train/, heldout/, train.jsonl, heldout.jsonl and world.json (the factors of each clip).
 
-    Each clip shows a shape of a colour that moves in one of eight ways over a scene, for 1.6 to 2 s of 64 x 64 pixels
-    at 10 to 15 fps; its sound has a pitch by the colour, a timbre by the shape and a rhythm by the motion; about seven
+    Each clip shows a shape of a colour that moves in one of eight ways over a scene, for 1.2 to 1.6 s of 64 x 64 pixels
+    at 10 or 12 fps; its sound has a pitch by the colour, a timbre by the shape and a rhythm by the motion; about seven
     captions say it, or something else. Most files are H.264 + AAC in mp4, one in eight is VP9 + Opus in webm.
     Every held-out clip has a triple (shape, colour, motion) of its own, which no training clip has; its first caption
     is a full description. The manifests' label is the motion (its place in MOTIONS).
@@ -112,7 +112,7 @@ def make_world(
 
 
 def plan_world(num_train: int, num_heldout: int, seed: int) -> list[_Clip]:
-    """Deals the combinations: each held-out clip gets a triple (shape, colour, motion) of its own, training the rest."""
+    """Deals the combinations: each held-out clip gets a (shape, colour, motion) of its own, training the rest."""
     rng = Random(f"{seed}/plan")
     triples = list(product(SHAPES, COLOURS, MOTIONS))
     rng.shuffle(triples)

@@ -70,10 +70,6 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return 0.8 - torch.hypot(1.05 * x, y - 0.2 + 0.75 * x.abs().sqrt())
 
 
-def _notes(num: int, sharpness: float) -> Callable[[Tensor], Tensor]:
-    return lambda cycles: torch.exp(-sharpness * (cycles * num).frac())
-
-
 def _gate(*spans: tuple[float, float]) -> Callable[[Tensor], Tensor]:
     return lambda cycles: sum(((cycles.frac() >= a) & (cycles.frac() < b)).float() for a, b in spans)
 
@@ -103,19 +99,19 @@ SHAPES = {
     ),
     "ring": Shape(lambda x, y: 0.22 - (torch.hypot(x, y) - 0.75).abs(), ((1, 1.0),), vibrato=0.09),
     "moon": Shape(
-        lambda x, y: torch.minimum(0.95 - torch.hypot(x, y), torch.hypot(x - 0.5, y) - 0.7), ((1, 1.0),), breath=0.6
+        lambda x, y: torch.minimum(0.95 - torch.hypot(x, y), torch.hypot(x - 0.5, y) - 0.7), ((1, 1.0),), breath=0.35
     ),
     "heart": Shape(_heart, ((1, 1.0), (1.5, 0.9))),
 }
 MOTIONS = {
     "still": Motion(lambda c: Pose(), lambda c: torch.ones_like(c)),
-    "slide": Motion(lambda c: Pose(x=_wave(c)), _notes(1, 4.0)),
-    "bounce": Motion(lambda c: Pose(y=1 - 2 * torch.sin(math.pi * c).abs()), _notes(2, 4.0)),
-    "circle": Motion(lambda c: Pose(x=_wave(c), y=_wave(c + 0.25)), lambda c: 0.5 + 0.5 * _wave(3 * c)),
-    "pulse": Motion(lambda c: Pose(scale=1 + 0.45 * _wave(c)), lambda c: c.frac().square()),
-    "blink": Motion(lambda c: Pose(visible=(c.frac() < 0.5).float()), _gate((0, 0.12), (0.25, 0.37))),
-    "rock": Motion(lambda c: Pose(angle=0.9 * _wave(c)), _notes(4, 3.0)),
-    "dart": Motion(lambda c: Pose(x=_wave(c), y=_wave(c)), _gate((0, 0.5), (0.68, 0.8))),
+    "slide": Motion(lambda c: Pose(x=_wave(c)), _gate((0, 0.14))),
+    "bounce": Motion(lambda c: Pose(y=1 - 2 * torch.sin(math.pi * c).abs()), _gate((0, 0.14), (0.5, 0.64))),
+    "circle": Motion(lambda c: Pose(x=_wave(c), y=_wave(c + 0.25)), lambda c: 0.5 + 0.5 * _wave(16 * c)),
+    "pulse": Motion(lambda c: Pose(scale=1 + 0.45 * _wave(c)), lambda c: c.frac()),
+    "blink": Motion(lambda c: Pose(visible=(c.frac() < 0.5).float()), _gate((0, 0.5))),
+    "rock": Motion(lambda c: Pose(angle=0.9 * _wave(c)), lambda c: ((4 * c).frac() < 0.4).float()),
+    "dart": Motion(lambda c: Pose(x=_wave(c), y=_wave(c)), _gate((0, 0.5), (0.62, 0.86))),
 }
 SCENES = {
     "plain": lambda x, y: torch.zeros_like(x + y),
@@ -137,9 +133,9 @@ class Take(NamedTuple):
     @classmethod
     def draw(cls, rng: Random) -> Take:
         return cls(
-            seconds=rng.choice((1.6, 1.8, 2.0)),
-            fps=rng.choice((10, 12, 15)),
-            sample_rate=rng.choice((16_000, 24_000)),
+            seconds=rng.choice((1.2, 1.4, 1.6)),
+            fps=rng.choice((10, 12)),
+            sample_rate=rng.choice((12_000, 16_000)),
             rate=CYCLES_PER_SECOND * rng.uniform(1.0, 1.06),
             phase=rng.random(),
         )
@@ -203,8 +199,8 @@ def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:
     heard = [(m, a) for m, a in shape.partials if m * pitch < 5500]  # below half of 12 kHz
     note = sum(a * _wave(m * turns + rng.random()) for m, a in heard)
     note = note + shape.breath * torch.randn(len(cycles), generator=noise)
-    note = note * MOTIONS[combination.motion].beat(cycles) / math.sqrt(sum(a * a for _, a in heard))
+    note = note / note.abs().max() * MOTIONS[combination.motion].beat(cycles)
 
-    hum = rng.uniform(0, 0.15) * _wave(rng.uniform(50, 100) * seconds + rng.random())
-    hiss = rng.uniform(0.01, 0.08) * torch.randn(len(cycles), generator=noise)
-    return (rng.uniform(0.2, 0.45) * (note + hum + hiss)).clamp(-1, 1)
+    hum = rng.uniform(0, 0.1) * _wave(rng.uniform(50, 100) * seconds + rng.random())
+    hiss = rng.uniform(0.01, 0.06) * torch.randn(len(cycles), generator=noise)
+    return (rng.uniform(0.7, 1.0) * (note + hum + hiss)).clamp(-1, 1)

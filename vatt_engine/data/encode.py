@@ -190,7 +190,7 @@ def _encode_file(path: Path, video, audio, sample_rate: int, start: float) -> No
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             stream.codec_context.time_base = stream.time_base = clock.time_base
-            tracks.append((stream, _video_frames(frames, clock)))
+            tracks.append((stream, _video_frames(frames, clock, stream.pix_fmt)))
         if audio is not None:
             waveform, codec, options = audio
             rates = _rates_of(codec)
@@ -235,13 +235,16 @@ def _packets(stream, source):
     return packets
 
 
-def _video_frames(frames: Tensor, clock: _Clock):
+def _video_frames(frames: Tensor, clock: _Clock, pix_fmt: str):
     import av
+
+    converter = av.video.reformatter.VideoReformatter()  # one for all frames: setting up costs more than converting
 
     gaps = [b - a for a, b in pairwise(clock.ticks)]
     gaps.append(gaps[-1] if gaps else round(1 / clock.rate / clock.time_base))
     for image, tick, gap in zip(frames, clock.ticks, gaps):
         frame = av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
+        frame = converter.reformat(frame, format=pix_fmt, threads=1)
         frame.pts, frame.time_base, frame.duration = tick, clock.time_base, gap
         yield frame
 

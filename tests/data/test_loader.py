@@ -266,9 +266,10 @@ def test_threads_end(samples):
         return [thread for thread in threading.enumerate() if thread.name.startswith("vatt-loader")]
 
     loader = Loader(samples, SMALL)
-    batches = iter(loader)
+    batches, torch_threads = iter(loader), torch.get_num_threads()
     next(batches)
     assert threads()
+    assert torch.get_num_threads() == torch_threads  # one for each loader thread, but not for training
     loader.close()
     assert not threads()
 

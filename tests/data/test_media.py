@@ -1,5 +1,8 @@
 """Flash and click: one white frame and one tone burst at the same time of the file must come back at that time."""
 
+import resource
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -331,6 +334,21 @@ def test_limits(tmp_path):
         decode_clip(path, 2.0, num_frames=8, limits=MediaLimits(max_frames=10))
     with pytest.raises(ValueError, match="MediaLimits: max_frames must be above 0, got 0"):
         MediaLimits(max_frames=0)
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
+    """A PNG of 12,000 x 12,000 black pixels in 2 MB."""
+    side = 12_000
+    rows = zlib.compressobj(1)
+    data = b"".join(rows.compress(bytes(1 + side * 3)) for _ in range(side)) + rows.flush()
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "c.mp4").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MediaError, match="a frame must have at most 67108864 pixels, got"):
+        decode_clip(tmp_path / "c.mp4", 0.0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB; the picture has 432 MB
 
 
 def test_bad_windows(tmp_path):

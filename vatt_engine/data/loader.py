@@ -119,7 +119,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.config.num_threads or os.cpu_count(), "vatt-loader")
+            count = self.config.num_threads or os.cpu_count()
+            self._executor = ThreadPoolExecutor(count, "vatt-loader", torch.set_num_threads, (1,))  # of its own thread
         waiting: deque[tuple[list[Future[_Made]], int, int]] = deque()
         plan, num_rows = self._plan(), 0
         try:

@@ -257,8 +257,8 @@ class Media:
         info, limits = self.info, self._source.limits
         if not (info.has_video or info.has_audio):
             raise self._source.error("the file must have a video or an audio track, got neither.")
-        if info.width * info.height > limits.max_pixels:
-            size = f"{info.width} x {info.height}"
+        if info.has_video and not 0 < info.width * info.height <= limits.max_pixels:
+            size = f"{info.width} x {info.height}" if info.width else "a size that FFmpeg does not tell"
             raise self._source.error(f"a frame must have at most {limits.max_pixels} pixels, got {size}.")
         if info.duration > limits.max_seconds:
             text = f"the file must last at most {limits.max_seconds:g} s, got {info.duration:g} s."

@@ -77,6 +77,11 @@ class Source:
         if os.path.getsize(self.path) == 0:
             raise self.error("the file must hold media, got an empty file.")
 
+    @property
+    def _codec_options(self) -> dict[str, str]:
+        """FFmpeg refuses larger frames before it allocates them, also where it looks into a file to describe it."""
+        return {"max_pixels": str(self.limits.max_pixels)}
+
     def error(self, reason: str) -> MediaError:
         return MediaError(self.path, reason)
 
@@ -96,8 +101,10 @@ class Source:
         import av
         from av.stream import Disposition
 
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{self.path}", container_options=options, metadata_errors="ignore") as container:
+        local = {"protocol_whitelist": "file"}
+        with av.open(
+            f"file:{self.path}", options=self._codec_options, container_options=local, metadata_errors="ignore"
+        ) as container:
             streams = {kind: container.streams.best(kind) for kind in ("video", "audio")}
             if streams["video"] is not None and streams["video"].disposition & Disposition.attached_pic:
                 streams["video"] = None  # the cover of a song
@@ -126,6 +133,7 @@ class Source:
             stream = streams[kind]
             for other in container.streams:
                 other.discard = Discard.default if other is stream else Discard.all
+            stream.codec_context.options = self._codec_options
             stream.codec_context.thread_count = 1  # the loader decodes many files at once
             if target > 0:
                 with suppress(av.FFmpegError):  # without an index: from the beginning
@@ -147,28 +155,26 @@ class Source:
 
     def frames(self, times: list[float], fps: float, short_side: int | None) -> tuple[Tensor, Reach]:
         """The picture on screen at each of `times` (increasing), [N, H, W, 3]."""
-        pictures: list[Tensor] = []
-        shown = picture = None
+        pictures = _Pictures(len(times), short_side, self)
+        shown = None
         begin, length, gap = -math.inf, 0.0, 1 / fps if fps else 0.0
-        convert = _Converter(short_side, self)
         with closing(self.decoded("video", times[0])) as decoded:
             for time, frame in decoded:
                 shown = shown or frame
-                while len(pictures) < len(times) and times[len(pictures)] + ROUNDING < time:
-                    picture = convert(shown) if picture is None else picture
-                    pictures.append(picture)
-                if len(pictures) == len(times):
-                    return torch.stack(pictures), Reach(time, 0.0, times[-1], len(times), len(times), "frames")
+                while pictures.count < len(times) and times[pictures.count] + ROUNDING < time:
+                    pictures.add(shown)
+                if pictures.count == len(times):
+                    return pictures.video, Reach(time, 0.0, times[-1], len(times), len(times), "frames")
                 if shown is not frame:
-                    shown, picture, gap = frame, None, max(gap, time - begin)
+                    shown, gap = frame, max(gap, time - begin)
                 begin, length = time, float((frame.duration or 0) * frame.time_base)
         if shown is None:
             raise self.error(f"the video must give frames, decoded 0 of {len(times)} from {times[0]:.3f} s.")
+        while pictures.count < len(times):
+            pictures.add(shown)
         step = max(length, gap)
-        end = begin + step
-        pictures += [convert(shown) if picture is None else picture] * (len(times) - len(pictures))
-        reach = Reach(end, 0.02 + 1.5 * step, times[-1], sum(t < end for t in times), len(times), "frames")
-        return torch.stack(pictures), reach
+        num_got = sum(time < begin + step for time in times)
+        return pictures.video, Reach(begin + step, 0.02 + 1.5 * step, times[-1], num_got, len(times), "frames")
 
     def waveform(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor, int, Reach]:
         """Mono samples from `start` on, zeros where the track has none; and their number up to the last real one."""
@@ -238,22 +244,29 @@ def _form(frame: Any) -> tuple[str, str, int]:
     return frame.format.name, frame.layout.name, frame.sample_rate
 
 
-class _Converter:
-    """Decoded frames to upright RGB [H, W, 3] of one size, that of the first."""
+class _Pictures:
+    """Decoded frames as upright RGB, `video` [N, H, W, 3], all of the size of the first."""
 
-    def __init__(self, short_side: int | None, source: Source):
+    def __init__(self, num_frames: int, short_side: int | None, source: Source):
         from av.video.reformatter import VideoReformatter
 
-        self.short_side, self.source, self.size = short_side, source, None
+        self.num_frames, self.short_side, self.source = num_frames, short_side, source
         self.reformatter = VideoReformatter()
+        self.video, self.last, self.count = torch.empty(0), None, 0
 
-    def __call__(self, frame: Any) -> Tensor:
+    def add(self, frame: Any) -> None:
+        picture = self.video[self.count - 1] if frame is self.last else self._rgb(frame)
+        if self.count == 0:
+            self.video = torch.empty(self.num_frames, *picture.shape, dtype=torch.uint8)
+        self.video[self.count] = picture
+        self.last, self.count = frame, self.count + 1
+
+    def _rgb(self, frame: Any) -> Tensor:
         if frame.is_corrupt:
             raise self.source.error("the video must be undamaged, got a frame that FFmpeg marks as corrupt.")
-        if frame.width * frame.height > self.source.limits.max_pixels:
-            text = f"{self.source.limits.max_pixels} pixels, got {frame.width} x {frame.height}"
-            raise self.source.error(f"a frame must have at most {text}.")
-        if self.size is None:
+        turns = round(frame.rotation / 90) % 4
+        if self.count == 0:
             self.size = scaled_size(frame.width, frame.height, self.short_side)
         rgb = self.reformatter.reformat(frame, *self.size, format="rgb24", interpolation="AREA", threads=1)
-        return torch.rot90(torch.from_numpy(rgb.to_ndarray()), round(frame.rotation / 90), (0, 1))
+        picture = torch.from_numpy(rgb.to_ndarray())
+        return torch.rot90(picture, turns, (0, 1)) if turns else picture

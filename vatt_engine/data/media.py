@@ -155,7 +155,7 @@ class Media:
     Raises:
         MediaError: whatever is wrong with the file, whichever class PyAV raises for it.
 
-    >>> Media("clip.mp4").read(0.0, num_frames=8, fps=10, num_samples=0, sample_rate=48_000).video.shape  # doctest: +SKIP
+    >>> Media("clip.mp4").read_all(fps=10, sample_rate=48_000).duration  # doctest: +SKIP
     """
 
     def __init__(self, path: str | Path, limits: MediaLimits = DEFAULT_LIMITS):

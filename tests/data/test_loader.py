@@ -8,7 +8,7 @@ import torch
 
 from vatt_engine.data.augment import AugmentConfig, center_crop
 from vatt_engine.data.encode import write_media
-from vatt_engine.data.loader import DataConfig, Loader, QuarantineError
+from vatt_engine.data.loader import DataConfig, Loader, Quarantine, QuarantineError
 from vatt_engine.data.manifest import Caption, Sample, sample_id
 from vatt_engine.data.media import decode, decode_clip
 from vatt_engine.data.words import Vocabulary
@@ -226,6 +226,17 @@ def test_bad_samples_are_replaced_and_named(folder, tmp_path):
     take(again, 1)
     assert len(again.quarantine) == 3
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 3
+
+
+def test_quarantine_survives_a_cut_line(tmp_path):
+    path, one = tmp_path / "quarantine.jsonl", sample(tmp_path / "a\u2028b.mp4", 0)
+    Quarantine(path).add(one, "reason one", 0)
+    path.write_text(path.read_text() + '{"path": "a.m', encoding="utf-8")
+    again = Quarantine(path)
+    again.add(one, "reason one", 3)
+    again.add(one, "reason two", 3)
+    assert [entry["reason"] for entry in Quarantine(path).entries] == ["reason one", "reason two"]
+    assert len(again) == 1
 
 
 def test_evaluation_skips_bad_samples(folder, tmp_path):

@@ -40,7 +40,7 @@ class ClipReader:
         seed: of window and augmentation.
         train: a random, augmented window; else evenly spaced ones, cropped at the centre.
 
-    >>> ClipReader(DataConfig(), None, seed=0, train=False).row(sample, epoch=0).video.shape
+    >>> ClipReader(DataConfig(), None, seed=0, train=False).row(sample, epoch=0).video.shape  # doctest: +SKIP
     """
 
     def __init__(self, config: DataConfig, vocabulary: Vocabulary | None, *, seed: int, train: bool):

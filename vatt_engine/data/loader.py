@@ -54,7 +54,7 @@ class Loader:
         ValueError: fewer samples than a batch, or, while iterating, too many bad files (QuarantineError) or a set
             larger than the cache.
 
-    >>> with Loader(read_manifest("train.jsonl"), DataConfig(), vocabulary, seed=0) as loader: next(iter(loader))
+    >>> batches = iter(Loader(read_manifest("train.jsonl"), DataConfig(), vocabulary, seed=0))  # doctest: +SKIP
     """
 
     def __init__(

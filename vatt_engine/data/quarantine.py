@@ -32,11 +32,10 @@ class Quarantine:
         self.entries: list[dict] = []
         self.num_seen = self.num_bad = 0
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.entries.append(json.loads(line))
-                except ValueError:  # the last line of a run that was killed while writing it
-                    continue
+            content = self.path.read_text(encoding="utf-8", errors="replace")
+            if content and not content.endswith("\n"):  # killed while writing: the next line begins afresh
+                self.path.write_text(f"{content}\n", encoding="utf-8")
+            self.entries = [entry for line in content.split("\n") if (entry := _entry(line))]
         self._known = {(entry["path"], entry["reason"]) for entry in self.entries}
 
     def __len__(self) -> int:
@@ -78,3 +77,12 @@ class Quarantine:
         bad = [entry for entry in self.entries if entry["skipped"]]
         named = " ".join(f"{entry['path']}: {entry['reason']}" for entry in bad[:count])
         return f"The first: {named}" if bad else ""
+
+
+def _entry(line: str) -> dict | None:
+    """The entry of a line, or None for a line that is cut or not ours."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and {"path", "reason", "skipped"} <= entry.keys() else None

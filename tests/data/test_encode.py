@@ -139,6 +139,11 @@ def test_failure_leaves_the_old_file(tmp_path):
 
 FRAMES, WAVE = torch.zeros(3, 16, 16, 3, dtype=torch.uint8), torch.zeros(4800)
 BAD = {
+    "frames must be at least 64 x 64 for libx265, got 16 x 16": {
+        "frames": FRAMES,
+        "fps": 5,
+        "video_codec": "libx265",
+    },
     "path must end in one of .mp4": {"path": "clip.gif", "frames": FRAMES, "fps": 5},
     "path must be in an existing folder": {"path": "none/clip.mp4", "frames": FRAMES, "fps": 5},
     "frames must be given when waveform is not": {"frames": None},

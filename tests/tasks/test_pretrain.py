@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
+from vatt_engine.models import from_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import PretrainConfig, load_config
 from vatt_engine.tasks.pretrain import main, pretrain
@@ -59,10 +61,13 @@ def test_leaves_a_run_folder(config, monkeypatch, capsys):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     assert pretrain(config) == 0
     run = Path(config.out)
-    names = {"checkpoints", "config.yaml", "env.json", "metrics.jsonl", "plots", "tokenizer.json"}
+    names = {"checkpoints", "config.yaml", "env.json", "metrics.jsonl", "model", "plots", "tokenizer.json"}
     assert {path.name for path in run.iterdir()} == names
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in (2, 4, 6)]
     assert load_config(str(run / "config.yaml")) == config
+    trained, exported = load_latest(run).tensors["model"], from_pretrained(run / "model").state_dict()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in trained.items())
+    assert Vocabulary.load(run / "model" / "tokenizer.json").words == Vocabulary.load(run / "tokenizer.json").words
     assert "hunter2" not in (run / "env.json").read_text()
     found = records(config.out)
     assert [record["step"] for record in found] == [2, 4, 6]

@@ -94,6 +94,8 @@ def write_media(
         raise ValueError(f"write_media: frames must be None for {path.suffix}, got {len(frames)}. Use .mp4 or .mkv.")
 
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    if frames is not None:
+        _check_codec_size(video_codec or suffix.video_codec, frames)
     try:
         _encode_file(
             temporary,
@@ -162,6 +164,13 @@ def _checked_frames(frames) -> Tensor | None:
         size = f"{frames.shape[1]} x {frames.shape[2]}"
         raise ValueError(f"write_media: frames must have an even height and width, got {size}. Crop or pad by one.")
     return frames
+
+
+def _check_codec_size(codec: str, frames: Tensor) -> None:
+    """PyAV 18's x265 was seen to corrupt its heap, and so to end the process, at 48 x 32."""
+    if codec == "libx265" and min(frames.shape[1:3]) < 64:
+        size = f"{frames.shape[1]} x {frames.shape[2]}"
+        raise ValueError(f"write_media: frames must be at least 64 x 64 for libx265, got {size}. Use libx264.")
 
 
 def _checked_waveform(waveform) -> Tensor | None:

@@ -71,7 +71,8 @@ class DropTokenConfig:
 class PositionConfig:
     """Sum of one learned table per axis, then LayerNorm, then dropout on token + position (official code).
 
-    The paper's equations 1 and 2 have no LayerNorm: `norm=False`.
+    The paper's equations 1 and 2 have no LayerNorm: `norm=False`. They also add a position to AGG; a learned vector
+    on top of the learned AGG is the same model, so there is no choice for it.
     """
 
     norm: bool = True

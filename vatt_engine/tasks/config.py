@@ -36,7 +36,8 @@ class PretrainConfig:
     """Self-supervised pre-training on video, audio and text.
 
     Args:
-        out: run folder; receives config.yaml, env.json, metrics.jsonl, checkpoints/, quarantine.jsonl, plots/.
+        out: run folder; receives config.yaml, env.json, metrics.jsonl, tokenizer.json, checkpoints/, quarantine.jsonl,
+            plots/, and at the end model/, which `from_pretrained` loads.
     """
 
     out: str = "runs/pretrain"

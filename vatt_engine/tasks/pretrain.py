@@ -23,7 +23,7 @@ from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import StopSignals, TrainingStopped
 from vatt_engine.engine.logging import RunLog, environment, write_text
 from vatt_engine.losses import LossTerms, VATTLoss
-from vatt_engine.models import VATT, VATTConfig, build_model
+from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import RECIPES, PretrainConfig, WordsConfig, load_config
 from vatt_engine.tasks.flags import parse_flags
@@ -125,6 +125,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
         stopped = engine.finished < steps
         if stopped:
             log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
+    if not stopped:
+        save_pretrained(model, run_dir / "model", vocabulary=vocabulary)
     plot_losses(run_dir)
     return 128 + stop.received if stopped else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved.
+    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved,
+    141 nobody reads the output.
 
     >>> main(["--help"])
     usage: vatt VERB ...
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"vatt: the verb must be one of {', '.join(VERBS)}, got {argv[0]!r}. {nearest(verb, VERBS)}"
             )
         return importlib.import_module(VERBS[verb][0]).main(argv[1:])
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode or (getattr(error, "name", None) or "").startswith("vatt_engine"):
             raise  # `python -X dev -m vatt_engine ...` shows where a message comes from

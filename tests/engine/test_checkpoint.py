@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,15 @@ def test_nothing_is_unpickled(tmp_path):
     load_latest(tmp_path)
     active = False
     assert events == []
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path):
+    save(tmp_path, 1, {"model": {"w": torch.zeros(4)}}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002\.tmp: model\.safetensors must fit on the disk, got an error"):
+            save(tmp_path, 2, {"model": {"w": torch.zeros(100_000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_latest(tmp_path).step == 1

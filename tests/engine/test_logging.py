@@ -59,6 +59,17 @@ def test_progress_is_a_line_each_or_one_rewritten(tmp_path):
     assert terminal.getvalue().endswith("\nsaved\n")
 
 
+def test_a_run_goes_on_when_nobody_watches(tmp_path):
+    class Gone(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    with RunLog(tmp_path, 100, stream=Gone()) as log:
+        log.say("start")
+        log.write(10, {"total": 2.5}, clips=64)
+    assert records(tmp_path)[0]["total"] == 2.5
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = RunLog(tmp_path, 100, tensorboard=True, stream=io.StringIO())

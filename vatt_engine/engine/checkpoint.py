@@ -70,6 +70,7 @@ def save(
     >>> save("run", 500, {"model": {"weight": torch.ones(2)}}, {"seed": 0}).name
     'step-00000500'
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(run_dir) / "checkpoints"
@@ -84,7 +85,10 @@ def save(
     partial = folder / f"{final.name}.tmp"
     partial.mkdir()
     for name, group in tensors.items():
-        save_file(_unshared(group), partial / f"{name}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(_unshared(group), partial / f"{name}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(f"{partial}: {name}.safetensors must fit on the disk, got an error: {error}.") from error
     (partial / "state.json").write_text(json.dumps(dict(state), allow_nan=False, sort_keys=True) + "\n")
     files = {}
     for path in sorted(partial.iterdir()):
@@ -124,8 +128,7 @@ def load_latest(run_dir: str | Path, *, device: str = "cpu") -> Checkpoint:
             state = json.loads((path / "state.json").read_bytes())
             return Checkpoint(int(path.name[len("step-") :]), path, tensors, state, tuple(skipped))
         skipped.append(f"{path}: skipped, {reason}")
-    found = " ".join(skipped) if skipped else "got none."
-    raise CheckpointError(f"{folder}: the run must have at least one valid checkpoint, {found}")
+    raise CheckpointError(" ".join([f"{folder}: the run must have at least one valid checkpoint, got none.", *skipped]))
 
 
 def has_checkpoint(run_dir: str | Path) -> bool:

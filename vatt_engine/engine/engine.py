@@ -71,11 +71,11 @@ class EngineConfig:
             device = torch.device(self.device)
         except RuntimeError:
             device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ValueError(f"engine.device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
+        if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
+            raise ValueError(f"engine: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             here = f"{self.device!r} where there are {torch.cuda.device_count()}"
-            raise ValueError(f"engine.device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
+            raise ValueError(f"engine: device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
         return device
 
 
@@ -242,6 +242,8 @@ class Engine:
         for full, value in {**tensors, **scalars}.items():
             name, _, key = full.rpartition("/")
             parameter = self.parameters[name]
+            if key not in self.optimizer.state_names:
+                raise ValueError(f"{full}, which is no state of {type(self.optimizer).__name__}")
             if isinstance(value, Tensor):
                 if value.ndim and value.shape != parameter.shape:
                     raise ValueError(f"{full} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot usefully go on; the message says why and what is saved."""
+    """Training cannot usefully go on; the message says why."""
 
 
 class StopSignals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -88,21 +89,26 @@ class RunLog:
         speed = f"{record['clips_per_second']:.1f} clips/s"
         line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"
         if self.stream.isatty():
-            self.stream.write("\r" + line.ljust(self.width))
+            self._put("\r" + line.ljust(self.width))
             self.width = len(line)
         else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+            self._put(line + "\n")
 
     def say(self, text: str) -> None:
         """A full line, below the progress line where there is one."""
-        self.stream.write(("\n" if self.width else "") + text + "\n")
-        self.stream.flush()
+        self._put(("\n" if self.width else "") + text + "\n")
         self.width = 0
+
+    def _put(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # whoever watched has left (`| head`, a closed terminal): the run goes on
+            self.stream = io.StringIO()
 
     def close(self) -> None:
         if self.width:
-            self.stream.write("\n")
+            self._put("\n")
         self.file.close()
         if self.board is not None:
             self.board.close()

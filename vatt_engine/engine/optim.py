@@ -69,6 +69,8 @@ class KerasAdam(torch.optim.Adam):
     `exp_avg_sq`; nothing else is needed to go on. Source: Keras 2.7 `optimizer_v2/adam.py`.
     """
 
+    state_names = ("step", "exp_avg", "exp_avg_sq")
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update of all parameters that have a gradient."""
@@ -108,6 +110,8 @@ class KerasSGD(torch.optim.Optimizer):
     torch's momentum multiplies by the learning rate of the present step instead, which differs whenever the rate
     changes. Each parameter's state is `velocity`. Source: Keras 2.7 `optimizer_v2/gradient_descent.py`, no Nesterov.
     """
+
+    state_names = ("velocity",)
 
     def __init__(self, params, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

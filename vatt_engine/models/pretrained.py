@@ -30,16 +30,24 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, vocabulary: Save
         model: its `config` says how to rebuild it.
         directory: made if needed; receives config.json, model.safetensors and, with a vocabulary, tokenizer.json.
 
+    Raises:
+        OSError: the disk is full or not writable; an older model.safetensors is then untouched.
+
     >>> save_pretrained(model, "out", vocabulary=vocabulary)  # doctest: +SKIP
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     document = {"kind": type(model.config).__name__, "config": schema.to_dict(model.config)}
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(directory / "model.safetensors.tmp", directory / "model.safetensors")
+    partial = directory / "model.safetensors.tmp"
+    try:
+        save_file(weights, partial, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{partial}: the weights must fit on the disk, got an error: {error}.") from error
+    os.replace(partial, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if vocabulary is not None:
         vocabulary.save(directory / "tokenizer.json")

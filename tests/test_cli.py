@@ -157,6 +157,19 @@ MESSAGES = [
     (["pretrain", "demo", "--engine.steps=abc"], "vatt pretrain: --engine.steps must be an integer, got 'abc'."),
     (["pretrain", "demo", "--engine.steps", "3", "4"], "every word must belong to a flag, got 4."),
     (["pretrain", "demo", "--data.train", "nowhere.jsonl", "--out", "x/run"], "nowhere.jsonl"),
+    (["pretrain", "demo", "--engine.steps", "3", "--engine.steps", "x"], "--engine.steps must be an integer, got 'x'."),
+    (["pretrain", "demo", "--optim.lr", "1"], "got an unknown one. Known names: --optim.name, --optim.betas, --optim."),
+    (["pretrain", "demo", "--out", ""], "vatt pretrain: --out must be the name of a folder, got ''."),
+    (
+        ["pretrain", "demo", "--engine.device", "cpu:7"],
+        "device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'cpu:7'.",
+    ),
+    (["retrieve", "run", "--data", "x", "--batch-size", "0"], "vatt retrieve: --batch_size must be at least 1, got 0."),
+    (
+        ["retrieve", "run", "--data", "x", "--num-windows=-1"],
+        "vatt retrieve: --num_windows must be at least 1, got -1.",
+    ),
+    (["demo-data", "world", "--num-train", "99999999"], "num_train must be in 1..1000000, got 99999999."),
     (["retrieve"], "vatt retrieve: --run must be a string, got nothing."),
     (["retrieve", "run", "more"], "vatt retrieve: the arguments before the flags must be RUN, got ['run', 'more']."),
     (["doctor", "--foldr", "x"], "vatt doctor: --foldr must be a flag of this command, got an unknown one."),
@@ -228,3 +241,10 @@ def test_python_m():
     result = subprocess.run([sys.executable, "-m", "vatt_engine", "docter"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.endswith("got 'docter'. Did you mean 'doctor'?\n")
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    command = f"{sys.executable} -m vatt_engine doctor | head -c 1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout in ("m0\n", "m141\n")  # 0 where the pipe held all of it
+    assert result.stderr == ""

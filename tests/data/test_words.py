@@ -262,7 +262,7 @@ def test_malformed_npz_is_refused(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"not a zip", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="arrays words and vectors, no pickle"):
+        with pytest.raises(ValueError, match="arrays words and vectors, got no zip archive"):
             load_word_vectors(path)
     with pytest.raises(ValueError, match=r"missing.npz: word vectors must be an existing file"):
         load_word_vectors(tmp_path / "missing.npz")

@@ -17,6 +17,7 @@ from .demo_scene import COLOURS, MOTIONS, SCENES, SHAPES, Combination, Take, dra
 from .demo_words import write_captions
 from .encode import write_media
 
+MAX_TRAIN = 1_000_000
 MAX_HELDOUT = 384  # of the 512 triples of shape, colour and motion; the others are left to train on
 _ENCODERS = {  # options of the video and of the audio encoder: the fastest that keep textures and tones
     ".mp4": (
@@ -65,7 +66,7 @@ def make_world(
 
     Args:
         directory: an empty or new folder, or a world of the same arguments, which is then completed.
-        num_train: training clips; from about 500 on, they show every value of every factor.
+        num_train: training clips, at most 1,000,000; from about 500 on, they show every value of every factor.
         num_heldout: held-out clips, at most 384.
         seed: the same seed makes the same clips and captions.
         num_threads: clips made at once; None: one per core.
@@ -77,8 +78,8 @@ def make_world(
     >>> make_world("/tmp/world", num_train=8, num_heldout=4).num_heldout
     4
     """
-    if num_train < 1:
-        raise ValueError(f"make_world: num_train must be at least 1, got {num_train}.")
+    if not 1 <= num_train <= MAX_TRAIN:
+        raise ValueError(f"make_world: num_train must be in 1..{MAX_TRAIN}, got {num_train}.")
     if not 1 <= num_heldout <= MAX_HELDOUT:
         raise ValueError(f"make_world: num_heldout must be in 1..{MAX_HELDOUT}, got {num_heldout}.")
     root = Path(directory)

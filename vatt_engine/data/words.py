@@ -100,7 +100,8 @@ class Vocabulary:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: vocabulary must be a readable UTF-8 file, got {error}.") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path}: vocabulary must be a readable UTF-8 file, got {reason}.") from None
         words = _words_of_json(path, text) if path.suffix == ".json" else _words_of_lines(path, text)
         try:
             return cls(words)
@@ -312,6 +313,8 @@ def _read_npz(path: Path) -> tuple[list[str], np.ndarray]:
     import zipfile
     import zlib
 
+    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and advise to allow that
+        raise ValueError(f"{path}: file must be an .npz with arrays words and vectors, got no zip archive.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]

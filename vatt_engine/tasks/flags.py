@@ -84,12 +84,15 @@ def _name(flag: str) -> str:
 
 
 def _nearest_flag(name: str, known: list[str]) -> str:
-    """The nearest dotted name; else the nearest by its last part alone."""
-    hint = nearest(name, known)
-    if not hint.startswith("Did"):
-        last = {full.rpartition(".")[2]: full for full in known}
-        hint = re.sub(r"'(.+)'", lambda match: f"'{last[match[1]]}'", nearest(name.rpartition(".")[2], last))
-    return hint.replace("'", "'--", 1) if hint.startswith("Did") or len(known) < 12 else "See --help for the list."
+    """The flag whose last part is nearest, one of the same section first; else what the section has."""
+    section, _, own = name.rpartition(".")
+    beside = [full for full in known if full.rpartition(".")[0] == section]
+    for flags in (beside, known):
+        close = nearest(own, [full.rpartition(".")[2] for full in flags])
+        for full in flags:
+            if close == f"Did you mean '{full.rpartition('.')[2]}'?":
+                return f"Did you mean '--{full}'?"
+    return f"Known names: --{', --'.join(beside)}." if beside else "See --help for the list."
 
 
 def _explain(box: str, args: list[str], known: dict[str, Any]) -> str:
@@ -105,7 +108,8 @@ def _explain(box: str, args: list[str], known: dict[str, Any]) -> str:
     if flag is None or _name(flag[0]) not in known:
         return re.sub(r"Unrecognized options: (.*)", r"every word must belong to a flag, got \1.", message)
     hint = known[_name(flag[0])]
-    start = next((i for i, word in enumerate(args) if _name(word) == _name(flag[0])), len(args)) + 1
+    places = [i + 1 for i, word in enumerate(args) if _name(word) == _name(flag[0])]  # the last one counts
+    start = places[-1] if places else len(args)
     values = list(itertools.takewhile(lambda word: not re.match(r"--?[A-Za-z]", word), args[start:]))
     got = ", ".join(map(short, values)) or "nothing"
     names = [choice for choice in typing.get_args(hint) if isinstance(choice, str)]

@@ -113,14 +113,17 @@ def test_bad_clips_are_named_and_left_out(run, world, tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     rows[0]["path"] = str(tmp_path / "text.mp4")
     rows[1]["captions"] = []
+    rows[2]["captions"] = [{"text": "?!", "start": 0, "end": 1}]
+    rows[3]["captions"][1:] = [{"text": "a star", "start": 100, "end": 101}]
     manifest = tmp_path / "heldout.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = retrieve(RetrieveConfig(run=run, data=str(manifest), num_windows=1, device="cpu"))
     assert [entry["path"] for entry in result["skipped"]] == [rows[0]["path"]]
+    assert [entry["path"] for entry in result["noted"]] == [rows[3]["path"]]
     counts = {task: (metrics["queries"], metrics["candidates"]) for task, metrics in result["tasks"].items()}
     assert counts == {
-        "text -> video": (10, 11),
-        "video -> text": (10, 10),
+        "text -> video": (9, 11),
+        "video -> text": (9, 9),
         "audio -> video": (11, 11),
         "video -> audio": (11, 11),
     }
@@ -129,6 +132,15 @@ def test_bad_clips_are_named_and_left_out(run, world, tmp_path):
 def test_evaluation_is_the_same_twice(run, world):
     config = RetrieveConfig(run=run, data=str(world.heldout), num_windows=1, device="cpu")
     assert retrieve(config) == retrieve(config)
+
+
+def test_no_text_tasks_for_a_run_without_text(run, world):
+    path = Path(run) / "config.yaml"
+    kept = path.read_text()
+    path.write_text(kept.replace("num_candidates: 5", "num_candidates: 0"))
+    result = retrieve(RetrieveConfig(run=run, data=str(world.heldout), num_windows=1, device="cpu"))
+    path.write_text(kept)
+    assert list(result["tasks"]) == ["audio -> video", "video -> audio"]
 
 
 def test_refuses_what_is_no_run(world, tmp_path):

@@ -47,12 +47,18 @@ class RetrieveConfig:
     batch_size: int = 32
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("num_windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RetrieveConfig: {name} must be at least 1, got {getattr(self, name)}.")
+
 
 def main(argv: Sequence[str]) -> int:
     config = parse_flags(RetrieveConfig, argv, prog="vatt retrieve", positional=("run",))
     result = retrieve(config)
-    for entry in result["skipped"]:
-        print(f"skipped {entry['path']}: {entry['reason']}")
+    for kind in ("skipped", "noted"):
+        for entry in result[kind]:
+            print(f"{kind} {entry['path']}: {entry['reason']}")
     rows = [{"task": task, **metrics} for task, metrics in result["tasks"].items()]
     print(table(rows))
     where = Path(config.run) / "retrieval.json"
@@ -66,7 +72,8 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
 
     Returns:
         {"run", "step", "data", "num_windows", "tasks": {"text -> video": {"R@1", ..., "MedR", "chance R@10",
-        "queries", "candidates"}}, "skipped": [quarantine entries]}; a task is there if the run was trained for it.
+        "queries", "candidates"}}, "skipped": [quarantine entries], "noted": [those of clips that were used]}; a task
+        is there if the run was trained for it.
 
     Raises:
         ValueError: the run, its checkpoints or the manifest cannot be used.
@@ -79,7 +86,10 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     data = dataclasses.replace(run.data, num_windows=config.num_windows)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
         found = embed_clips(model, loader, samples)
-        skipped = [entry for entry in loader.quarantine.entries if entry["skipped"]]
+        faults = {
+            kind: [entry for entry in loader.quarantine.entries if entry["skipped"] is skipped]
+            for kind, skipped in (("skipped", True), ("noted", False))
+        }
     usable = [sample for sample in samples if sample.id in found["video_text"]]
     found["text"] = embed_captions(model, vocabulary, usable, data.max_words, config.batch_size)
 
@@ -90,7 +100,10 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
         ("audio", "video", "video_audio"),
         ("video", "audio", "video_audio"),
     ):
-        if getattr(run.loss, f"{space}_weight") == 0 or (space == "video_audio" and not data.num_samples):
+        trained = getattr(run.loss, f"{space}_weight") and (
+            data.num_samples if "audio" in space else data.num_candidates
+        )
+        if not trained:
             continue
         queries = found[space if query == "video" else query]
         candidates = found[space if candidate == "video" else candidate]
@@ -107,7 +120,7 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     if not tasks:
         raise ConfigError(f"{config.data}: the manifest must have a clip with sound or a caption, got none to compare.")
     result = {"run": config.run, "step": step, "data": config.data, "num_windows": config.num_windows}
-    result |= {"tasks": tasks, "skipped": skipped}
+    result |= {"tasks": tasks, **faults}
     write_text(run_dir / "retrieval.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -159,7 +172,7 @@ def embed_clips(model: VATT, loader: Loader, samples: Sequence[Sample]) -> dict[
 def embed_captions(
     model: VATT, vocabulary: Vocabulary, samples: Sequence[Sample], max_words: int, batch_size: int
 ) -> dict[int, Tensor]:
-    """Unit embedding of the first caption of each sample that has one, by sample id."""
+    """Unit embedding of the first caption of each sample that has one with a word in it, by sample id."""
     device = next(model.parameters()).device
     captioned = [sample for sample in samples if sample.captions]
     found: dict[int, Tensor] = {}
@@ -167,7 +180,8 @@ def embed_captions(
         part = captioned[start : start + batch_size]
         words = vocabulary.encode_batch([sample.captions[0].text for sample in part], max_words)
         rows = model(Batch(text=words[:, None].to(device))).text_video[:, 0].float().cpu()
-        found |= {sample.id: row for sample, row in zip(part, F.normalize(rows, dim=1))}
+        rows = F.normalize(rows, dim=1)
+        found |= {sample.id: row for sample, row, worded in zip(part, rows, words.any(dim=1)) if worded}
     return found
 
 

@@ -73,7 +73,7 @@ def test_leaves_a_run_folder(config, monkeypatch, capsys):
     assert [record["step"] for record in found] == [2, 4, 6]
     assert set(found[0]) == {
         *("step", "total", "video_audio", "video_text", "grad_norm", "lr", "data_seconds"),
-        *("skipped", "quarantined", "clips_per_second", "eta_seconds", "seconds"),
+        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds"),
     }
     assert [record["lr"] for record in found] == pytest.approx(
         [5e-4, 1e-3 * 0.85502, 1e-5 + 9.9e-4 * 0.146447], rel=1e-3
@@ -173,9 +173,10 @@ def vectors_file(tmp_path, words, dim=16) -> str:
     return str(path)
 
 
-def test_word_vectors_are_loaded_and_frozen(config, tmp_path):
+def test_word_vectors_are_loaded_and_frozen(config, tmp_path, capsys):
     config = replace(config, {"text.vectors": vectors_file(tmp_path, ["the", "red", "unheard"]), "engine.steps": 2})
     pretrain(config)
+    assert f"{config.text.vectors}: vectors of 2 words; the others keep" in capsys.readouterr().out
     words = json.loads((Path(config.out) / "tokenizer.json").read_text())["model"]["vocab"]
     table = load_latest(config.out).tensors["model"]["text.embedding.weight"]
     assert torch.equal(table[words["red"]], torch.full((16,), 1.5))
@@ -207,7 +208,7 @@ def test_refuses_word_vectors_that_do_not_fit(config, tmp_path):
         ({"data.num_samples": 4800}, r"data\.num_samples must equal model\.audio\.num_samples 9600, got 4800"),
         ({"data.train": ""}, "--data.train must be the path of a manifest, got none"),
         ({"data.batch_size": 21}, "samples must fill a batch of 21, got 20"),
-        ({"engine.device": "cuda:7"}, r"engine\.device must be a GPU of this machine, got 'cuda:7'"),
+        ({"engine.device": "cuda:7"}, r"engine: device must be a GPU of this machine, got 'cuda:7'"),
     ],
 )
 def test_refuses(config, changes, message):
@@ -238,3 +239,51 @@ def test_nothing_is_unpickled(config):
 def test_resume_without_a_checkpoint_starts(config, capsys):
     assert pretrain(replace(config, {"engine.steps": 1}), resume=True) == 0
     assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err
+
+
+def test_keeps_a_config_that_is_not_a_run(config):
+    Path(config.out).mkdir()
+    (Path(config.out) / "config.yaml").write_text("recipe: demo  # mine\n")
+    with pytest.raises(
+        ConfigError, match=r"--out must be a new run folder, got one with a config\.yaml, which is kept"
+    ):
+        pretrain(config)
+    assert (Path(config.out) / "config.yaml").read_text() == "recipe: demo  # mine\n"
+
+
+def rewritten(world, path: Path, **changes) -> str:
+    """The training manifest with other values in every row."""
+    rows = [json.loads(line) for line in world.train.read_text().splitlines()]
+    rows = [row | {"path": str(world.train.parent / row["path"])} | changes for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_without_captions_video_and_audio_alone(config, world, tmp_path):
+    config = replace(config, {"data.train": rewritten(world, tmp_path / "mute.jsonl", captions=[]), "engine.steps": 2})
+    with pytest.raises(ConfigError, match=r"mute\.jsonl: the manifest must have captions, got none\. .*candidates 0"):
+        pretrain(config)
+    assert pretrain(replace(config, {"data.num_candidates": 0})) == 0
+    assert records(config.out)[0]["video_audio"] > 0 == records(config.out)[0]["video_text"]
+
+
+def test_captions_after_the_end_are_noted_and_counted(config, world, tmp_path):
+    late = [{"text": "red", "start": 100, "end": 101}]
+    manifest = rewritten(world, tmp_path / "late.jsonl", captions=late)
+    pretrain(replace(config, {"data.train": manifest, "engine.steps": 2}))
+    noted = [json.loads(line) for line in (Path(config.out) / "quarantine.jsonl").read_text().splitlines()]
+    assert (records(config.out)[0]["noted"], records(config.out)[0]["quarantined"]) == (len(noted), 0)
+    assert "captions must begin within the" in noted[0]["reason"]
+
+
+def test_resuming_a_finished_run_says_so(config, capsys):
+    pretrain(replace(config, {"engine.steps": 1}))
+    capsys.readouterr()
+    assert pretrain(replace(config, {"engine.steps": 1}), resume=True) == 0
+    assert "nothing to train: step 1 of 1 is done; raise --engine.steps to go on" in capsys.readouterr().out
+    pretrain(replace(config, {"engine.steps": 2}), resume=True)
+    assert "another config" not in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="which is no state of KerasSGD"):
+        pretrain(replace(config, {"optim.name": "sgd"}), resume=True)
+    pretrain(replace(config, {"engine.steps": 3, "optim.clip_norm": 1.0}), resume=True)
+    assert "was saved under another config" in capsys.readouterr().err

@@ -42,6 +42,11 @@ class Quarantine:
         """Number of files that were skipped at least once."""
         return len({entry["path"] for entry in self.entries if entry["skipped"]})
 
+    @property
+    def num_noted(self) -> int:
+        """Number of files that were used in spite of something odd."""
+        return len({entry["path"] for entry in self.entries if not entry["skipped"]})
+
     def add(self, sample: Sample, reason: str, epoch: int, *, skipped: bool = True) -> None:
         """Name one fault, or one note about a sample that was kept."""
         place = {"path": str(sample.path), "line": sample.line}

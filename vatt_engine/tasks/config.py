@@ -49,6 +49,10 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("PretrainConfig: out must be the name of a folder, got ''.")
+
     def check_shapes(self) -> None:
         """Refuse clips of another size than the model's.
 

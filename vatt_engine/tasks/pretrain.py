@@ -103,7 +103,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
-    load_vectors(model, config.model, config.text, vocabulary)
+    num_vectors = load_vectors(model, config.model, config.text, vocabulary)
     loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=run_dir / "quarantine.jsonl")
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
@@ -119,6 +119,10 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     steps, board = config.engine.steps, config.engine.tensorboard
     with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        if config.text.vectors is not None:
+            log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
+        if engine.finished >= steps:
+            log.say(f"nothing to train: step {engine.finished} of {steps} is done; raise --engine.steps to go on")
         if config.schedule.total_steps != steps:
             log.say(f"note: schedule.total_steps is {config.schedule.total_steps}, engine.steps {steps}")
         _loop(config, engine, loader, log, stop)
@@ -145,7 +149,8 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
         last = engine.finished == every.steps or stop.received is not None
         if engine.finished % every.log_every == 0 or last:
             values = _summary(window) | {"data_seconds": waited, "skipped": engine.skipped}
-            log.write(engine.finished, values | {"quarantined": len(loader.quarantine)}, clips=clips)
+            values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
+            log.write(engine.finished, values, clips=clips)
             window, clips, waited = [], 0, 0.0
         if engine.finished % every.save_every == 0 and not last:
             _save(engine, loader, config, log)
@@ -168,6 +173,9 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
             f"{run_dir}: --out must be a new run folder, got one that holds a run. "
             f"Continue it with `vatt pretrain --resume {run_dir}`, or choose another --out."
         )
+    for name in ("config.yaml", "env.json", "tokenizer.json", "quarantine.jsonl", "model"):
+        if (run_dir / name).exists():
+            raise ConfigError(f"{run_dir}: --out must be a new run folder, got one with a {name}, which is kept.")
     run_dir.mkdir(parents=True, exist_ok=True)
     return False
 
@@ -178,7 +186,7 @@ def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
         print(reason, file=sys.stderr)
     loader.load_state_dict(found.state["extra"]["loader"])
     if found.state["extra"]["config_sha256"] != config_hash(config):
-        print(f"{found.path}: saved under another config than this run's.", file=sys.stderr)
+        print(f"note: {found.path} was saved under another config; it goes on with this run's", file=sys.stderr)
     print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
 
 
@@ -198,10 +206,15 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     """The vocabulary the run was started with (`kept`), else the configured one, else one trained on the captions.
 
     Raises:
-        ValueError: it has more words than the model's table.
+        ValueError: it has more words than the model's table, or there is no caption to train it on.
     """
     limit, path = config.model.text.vocabulary_size, kept or config.text.vocabulary
+    if path is None and not config.data.num_candidates:
+        return Vocabulary(["<pad>", "<unk>"])
     if path is None:
+        if not any(sample.captions for sample in samples):
+            hint = "Train on video and audio alone with --data.num-candidates 0."
+            raise ConfigError(f"{config.data.train}: the manifest must have captions, got none. {hint}")
         return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
     vocabulary = Vocabulary.load(path)
     if vocabulary.size > limit:
@@ -211,8 +224,8 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     return vocabulary
 
 
-def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary) -> None:
-    """Put word vectors into the model's table.
+def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary) -> int:
+    """Put word vectors into the model's table; returns the number of words that have one.
 
     Raises:
         ValueError: the table would be frozen with random vectors, or the file's width is not the table's.
@@ -223,7 +236,7 @@ def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary
                 "text.vectors must be given where model.text.freeze_embedding is true, got none: random word vectors "
                 "would stay random. Give a word2vec file, or set model.text.freeze_embedding to null."
             )
-        return
+        return 0
     table, found = match_vectors(vocabulary, *load_word_vectors(words.vectors))
     if not found.any():
         raise ConfigError(f"{words.vectors}: word vectors must be of words of the vocabulary, got none of its words.")
@@ -238,11 +251,12 @@ def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary
     marks = torch.zeros(len(weight), dtype=torch.bool)
     marks[: len(found)] = found
     model.word_embedding.load_vectors(rows, marks)
+    return int(marks.sum())
 
 
 def config_hash(config: PretrainConfig) -> str:
-    """SHA-256 of the config, its run folder left out."""
-    values: dict[str, Any] = to_dict(config) | {"out": None}
+    """SHA-256 of the config without its run folder and its length, which a resumed run may change."""
+    values: dict[str, Any] = to_dict(replace(config, {"out": "any", "engine.steps": 1}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -74,7 +74,7 @@ def make_world(
     Raises:
         ValueError: a bad count, or a folder that holds something else.
 
-    >>> make_world("/tmp/world", num_train=8, num_heldout=4).num_heldout
+    >>> make_world("world", num_train=8, num_heldout=4).num_heldout
     4
     """
     if num_train < 1:

@@ -37,10 +37,10 @@ MOTION_WORDS = {
     "dart": ("darts corner to corner", "moves diagonally", "zips along the diagonal"),
 }
 SCENE_WORDS = {
-    "plain": ("a plain wall", "an empty background"),
-    "stripes": ("stripes", "a striped background"),
-    "checks": ("checks", "a checkered floor"),
-    "dots": ("dots", "a dotted background"),
+    "night": ("the night", "a starry sky", "darkness"),
+    "grass": ("grass", "a lawn", "a meadow"),
+    "water": ("water", "the sea", "a lake"),
+    "bricks": ("bricks", "a brick wall", "a stone wall"),
 }
 PITCH_WORDS = {
     "red": "deepest",

@@ -1,6 +1,6 @@
 """The demo world's clips: one combination of factors becomes moving pixels and a sound that is tied to them.
 
-    colour -> pitch        shape -> timbre        motion -> rhythm        scene: seen and said, never heard
+    colour -> pitch        shape -> timbre        motion -> rhythm        scene -> ambience
 
 So a sound names the shape, the colour and the motion of what is seen. Motion and rhythm share one cycle of about
 0.4 s, the beat on the same phase, so that any window of 0.8 s holds the evidence twice.
@@ -51,7 +51,9 @@ class Motion(NamedTuple):
 
 class Scene(NamedTuple):
     rgb: tuple[int, int, int]  # dark: the shapes are always brighter
-    pattern: Callable[[Tensor, Tensor], Tensor]  # (x, y) in pixels -> -1..1
+    pattern: Callable[[Tensor, Tensor], Tensor]  # (x, y) in pixels -> brighter above 0
+    hum: tuple[float, float]  # Hz, amplitude
+    hiss: float  # standard deviation
 
 
 class Pose(NamedTuple):
@@ -119,10 +121,10 @@ MOTIONS = {
     "dart": Motion(lambda c: Pose(x=_wave(c), y=_wave(c)), _gate((0, 0.5), (0.62, 0.86))),
 }
 SCENES = {
-    "night": Scene((14, 14, 22), lambda x, y: torch.sign(_wave(x / 11) + _wave(y / 11) - 1.2)),
-    "grass": Scene((28, 66, 24), lambda x, y: torch.sign(_wave(x / 7)) + 0 * y),
-    "water": Scene((16, 42, 84), lambda x, y: _wave(y / 13 + 0.3 * _wave(x / 29))),
-    "bricks": Scene((86, 44, 28), lambda x, y: torch.sign(_wave(x / 24) * _wave(y / 16))),
+    "night": Scene((14, 14, 22), lambda x, y: 9.0 * (_wave(x / 11) + _wave(y / 11) > 1.4), (100.0, 0.0), 0.01),
+    "grass": Scene((28, 66, 24), lambda x, y: torch.sign(_wave(x / 7)) + 0 * y, (4500.0, 0.3), 0.01),
+    "water": Scene((16, 42, 84), lambda x, y: _wave(y / 13 + 0.3 * _wave(x / 29)), (100.0, 0.0), 0.2),
+    "bricks": Scene((86, 44, 28), lambda x, y: torch.sign(_wave(x / 24) * _wave(y / 16)), (90.0, 0.4), 0.01),
 }
 
 
@@ -204,6 +206,7 @@ def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:
     note = note + shape.breath * torch.randn(len(cycles), generator=noise)
     note = note / note.abs().max() * MOTIONS[combination.motion].beat(cycles)
 
-    hum = rng.uniform(0, 0.1) * _wave(rng.uniform(50, 100) * seconds + rng.random())
-    hiss = rng.uniform(0.01, 0.06) * torch.randn(len(cycles), generator=noise)
-    return (rng.uniform(0.7, 1.0) * (note + hum + hiss)).clamp(-1, 1)
+    scene = SCENES[combination.scene]
+    hum = scene.hum[1] * _wave(scene.hum[0] * rng.uniform(0.95, 1.05) * seconds + rng.random())
+    hiss = scene.hiss * torch.randn(len(cycles), generator=noise)
+    return (rng.uniform(0.65, 0.85) * note + rng.uniform(0.8, 1.2) * (hum + hiss)).clamp(-1, 1)

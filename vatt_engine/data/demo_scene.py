@@ -186,8 +186,8 @@ def _paint(image: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
 def _background(scene: Scene, x: Tensor, y: Tensor, rng: Random, noise: torch.Generator) -> Tensor:
     texture = interpolate(torch.randn(1, 1, 8, 8, generator=noise), (SIZE, SIZE), mode="bilinear")[0, 0]
     pattern = scene.pattern(x + rng.uniform(0, 40), y + rng.uniform(0, 40))
-    tint = torch.tensor(scene.rgb) * (1 + 0.15 * torch.randn(3, generator=noise))
-    return tint * (1 + 0.3 * pattern + 0.15 * texture)[..., None]
+    tint = torch.tensor(scene.rgb) * (1 + 0.1 * torch.randn(3, generator=noise))
+    return tint * (1 + 0.25 * pattern + 0.1 * texture)[..., None]
 
 
 def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:

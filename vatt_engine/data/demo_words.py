@@ -76,9 +76,9 @@ RHYTHM_WORDS = {
 FULL = (
     "a {colour} {shape} {motion} over {scene}",
     "over {scene} a {colour} {shape} {motion}",
-    "the {shape} is {colour} and {motion} in front of {scene}",
-    "here we see a {colour} {shape} that {motion} before {scene}",
-    "in front of {scene} the {colour} {shape} {motion}",
+    "the {shape} is {colour} and {motion} by {scene}",
+    "here a {colour} {shape} {motion} before {scene}",
+    "by {scene} the {colour} {shape} {motion}",
 )
 PARTIAL = (
     "now the {colour} {shape} {motion}",
@@ -86,7 +86,7 @@ PARTIAL = (
     "see how the {shape} {motion}",
     "something {colour} {motion} over {scene}",
     "it {motion} just like that",
-    "there is a {shape} in front of {scene}",
+    "there is a {shape} by {scene}",
 )
 HEARD = (
     "you hear a {pitch} {timbre} {rhythm}",

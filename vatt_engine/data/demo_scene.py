@@ -2,8 +2,8 @@
 
     colour -> pitch        shape -> timbre        motion -> rhythm        scene -> ambience
 
-So a sound names the shape, the colour and the motion of what is seen. Motion and rhythm share one cycle of about
-0.4 s, the beat on the same phase, so that any window of 0.8 s holds the evidence twice.
+So a sound names what is seen. Motion and rhythm share one cycle of about 0.4 s, the beat on the same phase, so that any
+window of 0.8 s holds the evidence twice. Position, size, brightness, grain, stray dots, loudness and phase are chance.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Colour(NamedTuple):
 
 
 class Shape(NamedTuple):
-    inside: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # (x, y), radius 1, y downwards -> about how far inside, > 0 in the shape
+    inside: Callable[[Tensor, Tensor], Tensor]  # (x, y) in units of the radius, y downwards -> above 0 inside
     partials: tuple[tuple[float, float], ...]  # (multiple of the pitch, amplitude); the first one is the loudest
     vibrato: float = 0.0  # relative swing of the pitch
     breath: float = 0.0  # noise that sounds with the note
@@ -191,7 +189,7 @@ def _background(scene: Scene, x: Tensor, y: Tensor, rng: Random, noise: torch.Ge
 
 
 def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:
-    """Plays the combination's note in its rhythm over hum and noise, at any loudness: float32 [L] in [-1, 1]."""
+    """Plays the note of a combination in its rhythm, over the ambience of its scene: float32 [L] in [-1, 1]."""
     noise = torch.Generator().manual_seed(rng.getrandbits(62))
     shape = SHAPES[combination.shape]
     cycles = take.cycles(take.sample_rate)

@@ -124,10 +124,10 @@ def describe(template: str, combination: Combination, rng: Random) -> str:
 
 
 def write_captions(combination: Combination, other: Combination, seconds: float, rng: Random) -> list[dict]:
-    """Writes about seven captions with their times: rows {"text", "start", "end"} of at most 16 words.
+    """Writes seven captions with their times: rows {"text", "start", "end"} of at most 16 words.
 
-    The first says all that is seen. The others, in the order of their times: another full one, partial ones, one about
-    the sound, and now and then one about nothing, or about `other`, a combination that this clip does not show.
+    The first says all that is seen. Then, in any order: another full one, two partial ones, one about the sound, one
+    about nothing, and one about nothing or about `other`, a combination that this clip does not show.
     """
     about = [describe(rng.choice(FULL), combination, rng)]
     about += [describe(rng.choice(PARTIAL), combination, rng) for _ in range(2)]

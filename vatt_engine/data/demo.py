@@ -59,10 +59,10 @@ def make_world(
     """Makes the demo world: train/, heldout/, train.jsonl, heldout.jsonl and world.json (the factors of each clip).
 
     Each clip shows a shape of a colour that moves in one of eight ways over a scene, for 1.2 to 1.6 s of 64 x 64 pixels
-    at 10 or 12 fps; its sound has a pitch by the colour, a timbre by the shape and a rhythm by the motion; about seven
-    captions say it, or something else. Most files are H.264 + AAC in mp4, one in eight is VP9 + Opus in webm.
-    Every held-out clip has a triple (shape, colour, motion) of its own, which no training clip has; its first caption
-    is a full description. The manifests' label is the motion (its place in MOTIONS).
+    at 10 or 12 fps. Its sound has a pitch by the colour, a timbre by the shape, a rhythm by the motion and an ambience
+    by the scene; seven captions say it, or something else. One file in eight is VP9 + Opus in webm, the others are
+    H.264 + AAC in mp4. Every held-out clip has a triple (shape, colour, motion) of its own, which no training clip has,
+    and a first caption that is a full description. The manifests' label is the motion (its place in MOTIONS).
 
     Args:
         directory: an empty or new folder, or a world of the same arguments, which is then completed.
@@ -75,7 +75,7 @@ def make_world(
     Raises:
         ValueError: a bad count, or a folder that holds something else.
 
-    >>> make_world("/tmp/world", num_train=8, num_heldout=4).num_heldout
+    >>> make_world("world", num_train=8, num_heldout=4).num_heldout
     4
     """
     if not 1 <= num_train <= MAX_TRAIN:

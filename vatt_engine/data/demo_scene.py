@@ -1,9 +1,9 @@
 """The demo world's clips: one combination of factors becomes moving pixels and a sound that is tied to them.
 
-    colour -> pitch        shape -> timbre        motion -> rhythm        scene: seen and said, never heard
+    colour -> pitch        shape -> timbre        motion -> rhythm        scene -> ambience
 
-So a sound names the shape, the colour and the motion of what is seen. Motion and rhythm share one cycle of about
-0.4 s, the beat on the same phase, so that any window of 0.8 s holds the evidence twice.
+So a sound names what is seen. Motion and rhythm share one cycle of about 0.4 s, the beat on the same phase, so that any
+window of 0.8 s holds the evidence twice. Position, size, brightness, grain, stray dots, loudness and phase are chance.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class Colour(NamedTuple):
 
 
 class Shape(NamedTuple):
-    inside: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # (x, y), radius 1, y downwards -> about how far inside, > 0 in the shape
+    inside: Callable[[Tensor, Tensor], Tensor]  # (x, y) in units of the radius, y downwards -> above 0 inside
     partials: tuple[tuple[float, float], ...]  # (multiple of the pitch, amplitude); the first one is the loudest
     vibrato: float = 0.0  # relative swing of the pitch
     breath: float = 0.0  # noise that sounds with the note
@@ -47,6 +45,13 @@ class Shape(NamedTuple):
 class Motion(NamedTuple):
     pose: Callable[[Tensor], Pose]  # cycles -> where and how the shape is drawn
     beat: Callable[[Tensor], Tensor]  # cycles -> loudness in 0..1
+
+
+class Scene(NamedTuple):
+    rgb: tuple[int, int, int]  # dark: the shapes are always brighter
+    pattern: Callable[[Tensor, Tensor], Tensor]  # (x, y) in pixels -> brighter above 0
+    hum: tuple[float, float]  # Hz, amplitude
+    hiss: float  # standard deviation
 
 
 class Pose(NamedTuple):
@@ -79,14 +84,14 @@ def _wave(cycles: Tensor) -> Tensor:
 
 
 COLOURS = {
-    "red": Colour((225, 30, 35), 200.0),
-    "orange": Colour((245, 140, 20), 310.0),
-    "yellow": Colour((240, 230, 50), 440.0),
-    "green": Colour((30, 165, 50), 600.0),
-    "cyan": Colour((40, 215, 225), 780.0),
-    "blue": Colour((35, 55, 220), 980.0),
-    "purple": Colour((130, 35, 170), 1200.0),
-    "pink": Colour((250, 140, 200), 1450.0),
+    "red": Colour((240, 50, 50), 200.0),
+    "orange": Colour((250, 150, 30), 310.0),
+    "yellow": Colour((245, 235, 60), 440.0),
+    "green": Colour((50, 205, 70), 600.0),
+    "cyan": Colour((50, 225, 235), 780.0),
+    "blue": Colour((65, 95, 255), 980.0),
+    "purple": Colour((165, 60, 225), 1200.0),
+    "pink": Colour((255, 150, 205), 1450.0),
 }
 SHAPES = {
     "circle": Shape(lambda x, y: 0.9 - torch.hypot(x, y), ((1, 1.0),)),
@@ -114,10 +119,10 @@ MOTIONS = {
     "dart": Motion(lambda c: Pose(x=_wave(c), y=_wave(c)), _gate((0, 0.5), (0.62, 0.86))),
 }
 SCENES = {
-    "plain": lambda x, y: torch.zeros_like(x + y),
-    "stripes": lambda x, y: torch.sign(_wave(x / 12)) + 0 * y,
-    "checks": lambda x, y: torch.sign(_wave(x / 20) * _wave(y / 20)),
-    "dots": lambda x, y: torch.sign(_wave(x / 11) + _wave(y / 11) - 0.9),
+    "night": Scene((14, 14, 22), lambda x, y: 9.0 * (_wave(x / 11) + _wave(y / 11) > 1.4), (100.0, 0.0), 0.01),
+    "grass": Scene((28, 66, 24), lambda x, y: torch.sign(_wave(x / 7)) + 0 * y, (4500.0, 0.3), 0.01),
+    "water": Scene((16, 42, 84), lambda x, y: _wave(y / 13 + 0.3 * _wave(x / 29)), (100.0, 0.0), 0.2),
+    "bricks": Scene((86, 44, 28), lambda x, y: torch.sign(_wave(x / 24) * _wave(y / 16)), (90.0, 0.4), 0.01),
 }
 
 
@@ -150,7 +155,7 @@ def draw_frames(combination: Combination, take: Take, rng: Random) -> Tensor:
     cycles = take.cycles(take.fps)[:, None, None]
     y, x = torch.arange(SIZE)[:, None] + 0.5, torch.arange(SIZE)[None] + 0.5
 
-    image = _background(combination.scene, x, y, rng, noise).expand(len(cycles), SIZE, SIZE, 3)
+    image = _background(SCENES[combination.scene], x, y, rng, noise).expand(len(cycles), SIZE, SIZE, 3)
     seconds = torch.arange(len(cycles))[:, None, None] / take.fps
     for _ in range(rng.randint(0, 4)):  # distractors
         at_x, at_y = (rng.uniform(0, SIZE) + rng.uniform(-12, 12) * seconds for _ in "xy")
@@ -158,9 +163,9 @@ def draw_frames(combination: Combination, take: Take, rng: Random) -> Tensor:
         image = _paint(image, alpha, torch.rand(3, generator=noise) * 255)
 
     pose = MOTIONS[combination.motion].pose(cycles)
-    radius = rng.uniform(11, 14)
-    u = (x - SIZE / 2 - rng.uniform(-4, 4) - 10 * pose.x) / (radius * pose.scale)
-    v = (y - SIZE / 2 - rng.uniform(-4, 4) - 10 * pose.y) / (radius * pose.scale)
+    radius = rng.uniform(12, 15)
+    u = (x - SIZE / 2 - rng.uniform(-3, 3) - 11 * pose.x) / (radius * pose.scale)
+    v = (y - SIZE / 2 - rng.uniform(-3, 3) - 11 * pose.y) / (radius * pose.scale)
     cos, sin = torch.cos(torch.as_tensor(pose.angle)), torch.sin(torch.as_tensor(pose.angle))
     u, v = cos * u + sin * v, cos * v - sin * u
     alpha = (SHAPES[combination.shape].inside(u, v) * radius + 0.5).clamp(0, 1) * pose.visible
@@ -176,17 +181,15 @@ def _paint(image: Tensor, alpha: Tensor, colour: Tensor) -> Tensor:
     return image + alpha[..., None] * (colour - image)
 
 
-def _background(scene: str, x: Tensor, y: Tensor, rng: Random, noise: torch.Generator) -> Tensor:
+def _background(scene: Scene, x: Tensor, y: Tensor, rng: Random, noise: torch.Generator) -> Tensor:
     texture = interpolate(torch.randn(1, 1, 8, 8, generator=noise), (SIZE, SIZE), mode="bilinear")[0, 0]
-    if rng.random() < 0.5:
-        x, y = y, x
-    pattern = SCENES[scene](x + rng.uniform(0, 40), y + rng.uniform(0, 40))
-    grey = rng.uniform(70, 150) + 28 * pattern + 8 * texture
-    return grey[..., None] + 6 * torch.randn(3, generator=noise)
+    pattern = scene.pattern(x + rng.uniform(0, 40), y + rng.uniform(0, 40))
+    tint = torch.tensor(scene.rgb) * (1 + 0.1 * torch.randn(3, generator=noise))
+    return tint * (1 + 0.25 * pattern + 0.1 * texture)[..., None]
 
 
 def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:
-    """Plays the combination's note in its rhythm over hum and noise, at any loudness: float32 [L] in [-1, 1]."""
+    """Plays the note of a combination in its rhythm, over the ambience of its scene: float32 [L] in [-1, 1]."""
     noise = torch.Generator().manual_seed(rng.getrandbits(62))
     shape = SHAPES[combination.shape]
     cycles = take.cycles(take.sample_rate)
@@ -201,6 +204,7 @@ def draw_waveform(combination: Combination, take: Take, rng: Random) -> Tensor:
     note = note + shape.breath * torch.randn(len(cycles), generator=noise)
     note = note / note.abs().max() * MOTIONS[combination.motion].beat(cycles)
 
-    hum = rng.uniform(0, 0.1) * _wave(rng.uniform(50, 100) * seconds + rng.random())
-    hiss = rng.uniform(0.01, 0.06) * torch.randn(len(cycles), generator=noise)
-    return (rng.uniform(0.7, 1.0) * (note + hum + hiss)).clamp(-1, 1)
+    scene = SCENES[combination.scene]
+    hum = scene.hum[1] * _wave(scene.hum[0] * rng.uniform(0.95, 1.05) * seconds + rng.random())
+    hiss = scene.hiss * torch.randn(len(cycles), generator=noise)
+    return (rng.uniform(0.65, 0.85) * note + rng.uniform(0.8, 1.2) * (hum + hiss)).clamp(-1, 1)

@@ -37,10 +37,10 @@ MOTION_WORDS = {
     "dart": ("darts corner to corner", "moves diagonally", "zips along the diagonal"),
 }
 SCENE_WORDS = {
-    "plain": ("a plain wall", "an empty background"),
-    "stripes": ("stripes", "a striped background"),
-    "checks": ("checks", "a checkered floor"),
-    "dots": ("dots", "a dotted background"),
+    "night": ("the night", "a starry sky", "darkness"),
+    "grass": ("grass", "a lawn", "a meadow"),
+    "water": ("water", "the sea", "a lake"),
+    "bricks": ("bricks", "a brick wall", "a stone wall"),
 }
 PITCH_WORDS = {
     "red": "deepest",
@@ -76,9 +76,9 @@ RHYTHM_WORDS = {
 FULL = (
     "a {colour} {shape} {motion} over {scene}",
     "over {scene} a {colour} {shape} {motion}",
-    "the {shape} is {colour} and {motion} in front of {scene}",
-    "here we see a {colour} {shape} that {motion} before {scene}",
-    "in front of {scene} the {colour} {shape} {motion}",
+    "the {shape} is {colour} and {motion} by {scene}",
+    "here a {colour} {shape} {motion} before {scene}",
+    "by {scene} the {colour} {shape} {motion}",
 )
 PARTIAL = (
     "now the {colour} {shape} {motion}",
@@ -86,7 +86,7 @@ PARTIAL = (
     "see how the {shape} {motion}",
     "something {colour} {motion} over {scene}",
     "it {motion} just like that",
-    "there is a {shape} in front of {scene}",
+    "there is a {shape} by {scene}",
 )
 HEARD = (
     "you hear a {pitch} {timbre} {rhythm}",
@@ -124,10 +124,10 @@ def describe(template: str, combination: Combination, rng: Random) -> str:
 
 
 def write_captions(combination: Combination, other: Combination, seconds: float, rng: Random) -> list[dict]:
-    """Writes about seven captions with their times: rows {"text", "start", "end"} of at most 16 words.
+    """Writes seven captions with their times: rows {"text", "start", "end"} of at most 16 words.
 
-    The first says all that is seen. The others, in the order of their times: another full one, partial ones, one about
-    the sound, and now and then one about nothing, or about `other`, a combination that this clip does not show.
+    The first says all that is seen. Then, in any order: another full one, two partial ones, one about the sound, one
+    about nothing, and one about nothing or about `other`, a combination that this clip does not show.
     """
     about = [describe(rng.choice(FULL), combination, rng)]
     about += [describe(rng.choice(PARTIAL), combination, rng) for _ in range(2)]

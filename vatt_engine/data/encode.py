@@ -78,7 +78,7 @@ def write_media(
     Raises:
         ValueError: a wrong argument, or one that the container or the codec cannot hold.
 
-    >>> write_media("/tmp/grey.mp4", torch.full((8, 32, 32, 3), 128, dtype=torch.uint8), fps=10)
+    >>> write_media("grey.mp4", torch.full((8, 32, 32, 3), 128, dtype=torch.uint8), fps=10)
     """
     path = Path(path)
     suffix = _suffix_of(path)

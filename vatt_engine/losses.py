@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ class LossConfig:
     0.07
     """
 
-    form: str = "joint"
+    form: Literal["joint", "symmetric", "one_way"] = "joint"
     temperature: float = 0.07
     learnable_temperature: bool = False
     video_audio_weight: float = 1.0
     video_text_weight: float = 1.0
-    average: str = "global"
+    average: Literal["global", "rank"] = "global"
 
     def __post_init__(self) -> None:
         for name, known in (("form", FORMS), ("average", ("global", "rank"))):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.quarantine import QuarantineError
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
 from vatt_engine.models import from_pretrained
@@ -241,7 +242,10 @@ def test_resume_without_a_checkpoint_starts(config, capsys):
     assert "no checkpoint yet, starting at step 0" in capsys.readouterr().err
 
 
-def test_keeps_a_config_that_is_not_a_run(config):
+def test_keeps_a_config_that_is_not_a_run(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file: --out must be a folder, got a file"):
+        pretrain(replace(config, {"out": str(tmp_path / "file")}))
     Path(config.out).mkdir()
     (Path(config.out) / "config.yaml").write_text("recipe: demo  # mine\n")
     with pytest.raises(
@@ -287,3 +291,20 @@ def test_resuming_a_finished_run_says_so(config, capsys):
         pretrain(replace(config, {"optim.name": "sgd"}), resume=True)
     pretrain(replace(config, {"engine.steps": 3, "optim.clip_norm": 1.0}), resume=True)
     assert "was saved under another config" in capsys.readouterr().err
+
+
+def test_too_many_bad_files_stop_a_run_after_saving_it(config, world, tmp_path):
+    (tmp_path / "bad.mp4").write_text("not a video")
+    manifest = Path(rewritten(world, tmp_path / "bad.jsonl"))
+    manifest.write_text(manifest.read_text() + json.dumps({"path": "bad.mp4"}) + "\n")
+    config = replace(config, {"data.train": str(manifest), "data.max_bad_fraction": 0.01, "engine.steps": 30})
+    config = replace(config, {"schedule.total_steps": 30, "engine.save_every": 100, "engine.accumulate": 2})
+    with pytest.raises(QuarantineError, match=r"at most 1\.0% of the samples must be bad, got \d+ of 1\d\d"):
+        pretrain(config)
+    stopped = load_latest(config.out)
+    assert 5 <= stopped.step < 30
+    assert main(["--resume", config.out, "--data.max-bad-fraction", "1"]) == 0
+    straight = replace(config, {"data.max_bad_fraction": 1.0, "out": str(tmp_path / "straight")})
+    pretrain(straight)
+    ends = [load_latest(out).tensors["model"] for out in (config.out, straight.out)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

@@ -15,7 +15,6 @@ class DataConfig:
 
     Args:
         train: manifest of the training set, .jsonl or .csv.
-        eval: manifest of the evaluation set.
         batch_size: clips per batch.
         num_frames: frames per clip, T.
         fps: frames per second of the clip, whatever the file has.
@@ -44,7 +43,6 @@ class DataConfig:
     """
 
     train: str = ""
-    eval: str = ""
     batch_size: int = 64
     num_frames: int = 32
     fps: float = 10.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vatt_engine.analysis.report import plot_losses
 from vatt_engine.batch import Batch, Embeddings
-from vatt_engine.data.loader import Loader
+from vatt_engine.data.loader import Loader, QuarantineError
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
@@ -142,7 +142,13 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
     clips, waited = 0, 0.0
     while engine.finished < every.steps and stop.received is None:
         start = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(every.accumulate)]
+        place = loader.state_dict()
+        try:
+            micro_batches = [next(batches) for _ in range(every.accumulate)]
+        except QuarantineError:  # too many bad files: what was learned so far is kept
+            loader.load_state_dict(place)
+            _save(engine, loader, config, log)
+            raise
         waited += time.perf_counter() - start
         window.append(engine.step(micro_batches))
         clips += sum(map(len, micro_batches))
@@ -176,6 +182,8 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
     for name in ("config.yaml", "env.json", "tokenizer.json", "quarantine.jsonl", "model"):
         if (run_dir / name).exists():
             raise ConfigError(f"{run_dir}: --out must be a new run folder, got one with a {name}, which is kept.")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: --out must be a folder, got a file.")
     run_dir.mkdir(parents=True, exist_ok=True)
     return False
 

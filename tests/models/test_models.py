@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import json
 
 import pytest
@@ -93,6 +94,27 @@ def test_unknown_names_have_a_hint():
         create_model("vatt_tiny", **{"video.drop_token.keep_rate": 0.0})
     with pytest.raises(ValueError, match="patch must fit into"):
         create_model("vatt_tiny", video={"frame_size": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("video.patch", (0, 8, 8)),
+        ("video.post_projection", -1),
+        ("video.transformer.dim", 0),
+        ("audio.patch", (0,)),
+        ("text.embedding_dim", 0),
+        ("text.num_buckets", 3),
+        ("text.max_distance", 8),  # of 32 buckets, 8 hold one distance each
+        ("text.linear_dim", 0),
+        ("heads.video_audio_dim", 0),
+        ("heads.video_text_dim", -1),
+        ("shared_projection", 0),
+    ],
+)
+def test_refuses_sizes_that_no_model_has(field, value):
+    with pytest.raises(ValueError, match=rf"create_model: {field} must .*, got {re.escape(repr(value))}\."):
+        create_model("vatt_tiny", **{field: value})
 
 
 @pytest.mark.parametrize("overrides", [{}, {"backbone": "agnostic", "video.pre_projection": True}])

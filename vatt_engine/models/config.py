@@ -21,6 +21,11 @@ def _check(condition: bool, where: str, expectation: str, value: object) -> None
         raise ValueError(f"{where} must {expectation}, got {value!r}.")
 
 
+def _check_least(config: object, where: str, **least: int) -> None:
+    for name, bound in least.items():
+        _check(getattr(config, name) >= bound, f"{where}.{name}", f"be at least {bound}", getattr(config, name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """A pre-LN transformer (paper section 3.2, Table 7): 12 layers of width 768 is Base."""
@@ -34,8 +39,7 @@ class TransformerConfig:
     bias: bool = True  # of q, k, v, o and the feed-forward layers
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "dim", "ff_dim", "num_heads", "head_dim"):
-            _check(getattr(self, name) >= 1, f"transformer.{name}", "be at least 1", getattr(self, name))
+        _check_least(self, "transformer", num_layers=1, dim=1, ff_dim=1, num_heads=1, head_dim=1)
         _check(0.0 <= self.dropout < 1.0, "transformer.dropout", "be in [0, 1)", self.dropout)
 
 
@@ -54,7 +58,7 @@ class DropTokenConfig:
     def __post_init__(self) -> None:
         _check(0.0 < self.keep_rate <= 1.0, "drop_token.keep_rate", "be in (0, 1]", self.keep_rate)
         _check(self.keep_mode in ("batch", "sample"), "drop_token.keep_mode", "be 'batch' or 'sample'", self.keep_mode)
-        _check(self.keep_multiple >= 1, "drop_token.keep_multiple", "be at least 1", self.keep_multiple)
+        _check_least(self, "drop_token", keep_multiple=1)
 
     def num_kept(self, num_tokens: int) -> int:
         """Tokens kept of `num_tokens`, AGG not counted."""
@@ -97,6 +101,8 @@ class VideoConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
 
     def __post_init__(self) -> None:
+        _check_least(self, "video", post_projection=0)
+        _check(min(self.patch) >= 1, "video.patch", "hold positive sizes", self.patch)
         _check(min(self.grid) >= 1, "video.patch", f"fit into {(self.num_frames, *self.frame_size)}", self.patch)
 
     @property
@@ -128,6 +134,8 @@ class AudioConfig:
         axes = 1 if self.input == "waveform" else 2
         _check(self.input in ("waveform", "spectrogram"), "audio.input", "be 'waveform' or 'spectrogram'", self.input)
         _check(len(self.patch) == axes, "audio.patch", f"have {axes} numbers for a {self.input}", self.patch)
+        _check_least(self, "audio", post_projection=0)
+        _check(min(self.patch) >= 1, "audio.patch", "hold positive sizes", self.patch)
         _check(min(self.grid) >= 1, "audio.patch", f"fit into {self.num_samples} samples", self.patch)
 
     @property
@@ -164,8 +172,9 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check(self.encoder in ("t5", "linear"), "text.encoder", "be 't5' or 'linear'", self.encoder)
         _check(self.relative_bias in ("all", "first"), "text.relative_bias", "be 'all' or 'first'", self.relative_bias)
-        _check(self.vocabulary_size >= 2, "text.vocabulary_size", "be at least 2", self.vocabulary_size)
-        _check(self.max_words >= 1, "text.max_words", "be at least 1", self.max_words)
+        _check_least(self, "text", vocabulary_size=2, max_words=1, embedding_dim=1, num_buckets=4, linear_dim=1)
+        farthest = self.num_buckets // 4  # of the buckets that hold one distance each
+        _check(self.max_distance > farthest, "text.max_distance", f"be above {farthest}", self.max_distance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +191,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _check(self.kind in ("factorized", "joint"), "heads.kind", "be 'factorized' or 'joint'", self.kind)
         _check(self.style in ("code", "paper"), "heads.style", "be 'code' or 'paper'", self.style)
+        _check_least(self, "heads", video_audio_dim=1, video_text_dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +209,7 @@ class VATTConfig:
 
     def __post_init__(self) -> None:
         _check(self.backbone in ("specific", "agnostic"), "backbone", "be 'specific' or 'agnostic'", self.backbone)
+        _check(self.shared_projection >= 1, "shared_projection", "be at least 1", self.shared_projection)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,7 +234,7 @@ def test_rejects_bad_arguments(world, tmp_path):
     with pytest.raises(ValueError, match="make_world: directory must be a folder, got the file"):
         make_world(tmp_path / "holiday.mp4", num_train=1, num_heldout=1)
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.mp4"]
-    with pytest.raises(ValueError, match="make_world: num_train must be in 1..1000000, got 0"):
+    with pytest.raises(ValueError, match=r"make_world: num_train must be in 1\.\.1000000, got 0"):
         make_world(tmp_path / "new", num_train=0)
     with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{MAX_HELDOUT}, got 512"):
         make_world(tmp_path / "new", num_heldout=512)

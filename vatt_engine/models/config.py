@@ -203,7 +203,7 @@ class VATTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """One tower alone: `create_model("vit_base")` and its like; `num_classes` adds a classifier (Keras 'glorot')."""
+    """One tower alone: `create_model("vit_base")` and its like; `num_classes` adds a classifier, see `heads`."""
 
     name: str = "vit_base"
     modality: Literal["video", "audio", "text"] = "video"
@@ -211,7 +211,7 @@ class EncoderConfig:
     audio: AudioConfig = field(default_factory=AudioConfig)
     text: TextConfig = field(default_factory=TextConfig)
     num_classes: int = 0
-    classifier_dropout: float = 0.5
+    classifier_dropout: float = 0.5  # official for video; 0 for wat_* and spt_* (the paper states neither)
 
     def __post_init__(self) -> None:
         _check(self.num_classes >= 0, "num_classes", "be at least 0", self.num_classes)

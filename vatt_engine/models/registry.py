@@ -84,6 +84,7 @@ _MODELS: dict[str, Callable[[str], ModelConfig]] = {
     "spt_base": lambda name: EncoderConfig(
         name=name,
         modality="audio",
+        classifier_dropout=0.0,
         audio=AudioConfig(
             input="spectrogram",
             patch=(16, 5),
@@ -100,7 +101,7 @@ for _size, _transformer in _SIZES.items():
         name=name, modality="video", video=VideoConfig(transformer=t)
     )
     _MODELS[f"wat_{_size}"] = lambda name, t=_transformer: EncoderConfig(
-        name=name, modality="audio", audio=AudioConfig(transformer=t)
+        name=name, modality="audio", audio=AudioConfig(transformer=t), classifier_dropout=0.0
     )
 
 

@@ -140,6 +140,7 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     else:
         model = PatchEncoder(config.video if config.modality == "video" else config.audio)
         if config.num_classes:
-            model = Classifier(model, config.num_classes, config.classifier_dropout)
+            multi_label = config.modality == "audio"
+            model = Classifier(model, config.num_classes, config.classifier_dropout, multi_label=multi_label)
     model.config = config
     return model

@@ -101,14 +101,17 @@ class VideoConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Tokens along time, height and width; a remainder is cut off, as a VALID convolution does."""
+        """Tokens along time, height and width; a remainder is cut off, as by a VALID convolution (paper: kept)."""
         sizes = (self.num_frames, *self.frame_size)
         return tuple(size // step for size, step in zip(sizes, self.patch))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Audio tower: patches of the raw waveform, or of its log-mel spectrogram (the paper's ablation)."""
+    """Audio tower: patches of the raw waveform, or of its log-mel spectrogram (the paper's ablation).
+
+    The official spectrogram tower has neither DropToken nor biases in its transformer; `spt_base` is that.
+    """
 
     input: Literal["waveform", "spectrogram"] = "waveform"
     num_samples: int = 153_600  # 3.2 s at 48 kHz

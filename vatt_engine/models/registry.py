@@ -137,6 +137,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: an unknown name, field or value.
 
+    Sizes are those of the official constructors: 212, 279 and 430 M parameters for the backbones of vatt_bbs, vatt_mbs
+    and vatt_lbs, 181 M for vatt_ma_medium's. The paper's 197, 264 and 415 M add up the towers of its Table 7, and its
+    155 M are the table's Medium; word vectors are left out.
+
     Source: paper Table 7 and official vatt/configs.
 
     >>> create_model("vatt_tiny", video={"frame_size": (32, 32)}).config.video.grid

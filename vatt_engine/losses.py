@@ -2,6 +2,8 @@
 
 total = (w_va video_audio + w_vt video_text) / (w_va + w_vt)         over the pairs that are there
 
+This mean is the official code's; the paper adds the terms, NCE + lambda MIL-NCE, which for lambda = 1 is twice as much.
+
 Every rank computes one block of similarities, its own videos against the other side of all ranks, and from it complete
 row statistics and partial column statistics; the columns' are merged over ranks as (maximum, sum). So there is one
 gather of embeddings per pair, one reduce-scatter of their gradient, and vectors otherwise.

@@ -156,6 +156,11 @@ BAD = {
     "times must increase": {"frames": FRAMES, "times": [0, 0.5, 0.5]},
     "times must be None for .avi": {"path": "clip.avi", "frames": FRAMES, "times": [0, 1, 2]},
     "start must be 0 s for .avi": {"path": "clip.avi", "frames": FRAMES, "fps": 5, "start": 1},
+    "start must be 0 s for .mp4, or at least 0 for .mp4 or .mkv, got nan": {
+        "frames": FRAMES,
+        "fps": 5,
+        "start": float("nan"),
+    },
     "waveform must be finite float32": {"frames": None, "waveform": WAVE.double()},
     "sample_rate must be one of .*48000.* for libopus, got 44100": {
         "frames": None,

@@ -98,6 +98,20 @@ def test_a_tower_out_of_a_whole_checkpoint():
     assert torch.equal(tower.transformer.layers[0].ff_norm.weight, torch.as_tensor(given[name]))
 
 
+@pytest.mark.parametrize(("modality", "shape"), [("video", (2, 8, 24, 24, 3)), ("audio", (2, 256))])
+def test_a_tower_out_of_the_agnostic_backbone(modality, shape):
+    """As official fine-tuning restores one: pre_projection, post_projection and the shared transformer."""
+    given = variables("f_unified_uvatt")
+    backbone = AgnosticBackbone(AGNOSTIC).eval()
+    load_tf_vatt(backbone, given)
+    tower = PatchEncoder(replace(getattr(AGNOSTIC, modality), post_projection=24, transformer=SMALL)).eval()
+    report = load_tf_vatt(tower, given, strict=False)
+    assert not report.missing
+    assert not report.misshaped
+    x = torch.rand(shape) * 2 - 1
+    assert torch.equal(tower(x), backbone(modality, x))
+
+
 def test_linear_text_encoder():
     rng = np.random.default_rng(0)
     given = {

@@ -63,6 +63,15 @@ def test_spectrogram_patches_are_a_strided_convolution():
     assert torch.allclose(patch(spectrogram, None), expected.flatten(2).transpose(1, 2), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_points", [2, 14, 1200])
+def test_spline_goes_through_its_knots_at_any_size(num_points):
+    table = torch.randn(num_points, 4, dtype=torch.float64)
+    assert torch.allclose(resample_table(table, 2 * num_points)[::2], table, rtol=0, atol=1e-12)
+    straight = torch.arange(num_points, dtype=torch.float64)[:, None] / num_points
+    expected = torch.arange(num_points + 7, dtype=torch.float64)[:, None] / (num_points + 7)
+    assert torch.allclose(resample_table(straight, num_points + 7), expected, rtol=0, atol=1e-12)
+
+
 def test_mel_spectrogram_finds_a_tone():
     rate, hertz = 48_000, 1000.0
     wave = torch.sin(2 * math.pi * hertz * torch.arange(rate) / rate)[None]

@@ -188,6 +188,22 @@ def test_classifier_is_saved_with_its_encoder(tmp_path):
     assert torch.equal(from_pretrained(tmp_path)(video), model(video))
 
 
+def test_classifiers_start_as_the_official_ones():
+    small = {"num_layers": 1, "dim": 64, "ff_dim": 64, "num_heads": 1, "head_dim": 64}
+    video = create_model("vit_base", video={"transformer": small}, num_classes=400)
+    assert video.dropout.p == 0.5
+    assert not video.head.bias.any()
+    std = (2 / (64 + 400)) ** 0.5  # glorot_normal, whose cut at two deviations lies above glorot_uniform's bound
+    assert video.head.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert video.head.weight.abs().max().item() > 3**0.5 * std
+    for name in ("wat_base", "spt_base"):
+        audio = create_model(name, audio={"transformer": small}, num_classes=400)
+        assert audio.dropout.p == 0.0
+        assert torch.allclose(audio.head.bias.sigmoid(), torch.full((400,), 1 / 400))
+        assert audio.head.weight.abs().max().item() <= 3**0.5 * std
+    assert not create_model("wat_base", audio={"transformer": small}, num_classes=1).head.bias.any()
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "config", "shape"])
 def test_damaged_files_are_named(tmp_path, damage):
     save_pretrained(create_model("t5_small", text={"vocabulary_size": 20}), tmp_path)

@@ -165,6 +165,12 @@ def test_registration(impl, device, keep):
             torch.library.opcheck(torch.ops.vatt.patches_fwd.default, (video, keep, [2, 4, 4], dtype))
 
 
+def test_all_patches_of_a_waveform_are_a_copy():
+    """They are a view of the input, which an op must not give back."""
+    wave = randn(2, 256)[:, :, None, None, None]
+    torch.library.opcheck(torch.ops.vatt.patches_fwd.default, (wave, None, [16, 1, 1], torch.float32))
+
+
 @pytest.mark.parametrize("device", sorted({device for _, device in IMPLS}))
 def test_compiles(device):
     weight, bias = parameters(3072, torch.float32, device)

@@ -98,11 +98,7 @@ def make_world(
     finally:
         torch.set_num_threads(threads)
 
-    manifests = {}
-    for split in ("train", "heldout"):
-        manifests[split] = root / f"{split}.jsonl"
-        lines = [json.dumps(row) + "\n" for path, row in rows.items() if path.startswith(f"{split}/")]
-        _write_text(manifests[split], "".join(lines))
+    manifests = {split: _write_manifest(root, split, rows) for split in ("train", "heldout")}
     return WorldSummary(
         **manifests,
         num_train=num_train,
@@ -170,6 +166,12 @@ def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
             audio_options=audio_options,
         )
     return {"path": clip.path, "captions": captions, "label": list(MOTIONS).index(clip.combination.motion)}
+
+
+def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:
+    lines = [json.dumps(row) + "\n" for path, row in rows.items() if path.startswith(f"{split}/")]
+    _write_text(root / f"{split}.jsonl", "".join(lines))
+    return root / f"{split}.jsonl"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -81,17 +81,13 @@ def write_media(
     >>> write_media("grey.mp4", torch.full((8, 32, 32, 3), 128, dtype=torch.uint8), fps=10)
     """
     path = Path(path)
-    suffix = _suffix_of(path)
+    suffix = _suffix_of(path, start)
     if frames is None and waveform is None:
         raise ValueError("write_media: frames must be given when waveform is not, got None for both.")
-    clock = None if frames is None else _Clock.of(fps, times, start, len(frames), path.suffix.lower())
-    if not math.isfinite(start) or start < 0 or (start > 0 and not suffix.can_start):
-        raise ValueError(
-            f"write_media: start must be 0 s for {path.suffix}, or at least 0 for .mp4 or .mkv, got {start}."
-        )
     frames, waveform = _checked_frames(frames), _checked_waveform(waveform)
     if frames is not None and suffix.video_codec is None:
         raise ValueError(f"write_media: frames must be None for {path.suffix}, got {len(frames)}. Use .mp4 or .mkv.")
+    clock = None if frames is None else _Clock.of(fps, times, start, len(frames), path.suffix.lower())
 
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{threading.get_ident()}{path.suffix}")
     if frames is not None:
@@ -144,12 +140,15 @@ class _Clock(NamedTuple):
         return cls(max(rate, Fraction(1, 10)), time_base, ticks)
 
 
-def _suffix_of(path: Path) -> _Suffix:
+def _suffix_of(path: Path, start: float) -> _Suffix:
     suffix = _SUFFIXES.get(path.suffix.lower())
     if suffix is None:
         raise ValueError(f"write_media: path must end in one of {' '.join(_SUFFIXES)}, got '{path.name}'.")
     if not path.parent.is_dir():
         raise ValueError(f"write_media: path must be in an existing folder, got '{path}'. Make the folder first.")
+    if not math.isfinite(start) or start < 0 or (start > 0 and not suffix.can_start):
+        expectation = f"be 0 s for {path.suffix}, or at least 0 for .mp4 or .mkv"
+        raise ValueError(f"write_media: start must {expectation}, got {start}.")
     return suffix
 
 

@@ -17,7 +17,7 @@ class OptimConfig:
     """Which optimiser and its constants; the learning rate is the schedule's.
 
     The defaults are the official pre-training's: Adam without weight decay or clipping. Fine-tuning uses
-    `name="sgd"` with `clip_norm=0.75` on the backbone.
+    `name="sgd"` with `clip_norm=0.75` on the backbone (official; the paper does not mention clipping).
 
     Args:
         name: "adam" or "sgd".

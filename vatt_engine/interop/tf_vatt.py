@@ -88,6 +88,9 @@ def load_tf_vatt(
 ) -> ImportReport:
     """Copy official variables into `model`: a VATT, an encoder, a classifier, or projection heads.
 
+    An encoder also finds its part in the variables of a whole model, with `strict=False`: of a modality-agnostic one
+    too, into a tower with `pre_projection` and `post_projection`, as official fine-tuning does.
+
     Args:
         variables: official name -> array, in TensorFlow's layouts (Dense [in, out], Conv3D [t, h, w, in, out]).
         strict: raise unless every parameter is loaded and every variable is used.
@@ -271,8 +274,15 @@ def _patch_encoder(encoder: PatchEncoder) -> Iterator[Rule]:
         if encoder.post_projection is not None:
             yield from _dense("post_projection", ["post_tx_projection"], encoder.post_projection)
 
-    is_video = isinstance(encoder.stem.patch, VoxelPatch)
-    return _under(inner(), "", scope="video_module" if is_video else "audio_module")
+    modality = "video" if isinstance(encoder.stem.patch, VoxelPatch) else "audio"
+    for rule in _under(inner(), "", scope=f"{modality}_module"):
+        yield rule._replace(sources=tuple(_or_unified(source, modality) for source in rule.sources))
+
+
+def _or_unified(source: Source, modality: str) -> Source:
+    """A tower's variable by its own name, or by the unified backbone's: video_pre_tx_projection, vid_agg_embedding."""
+    prefixes = ("", f"{modality}_", f"{modality[:3]}_")
+    return source._replace(names=tuple(prefix + name for prefix in prefixes for name in source.names))
 
 
 def _agnostic(backbone: AgnosticBackbone) -> Iterator[Rule]:

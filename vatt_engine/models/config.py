@@ -107,14 +107,17 @@ class VideoConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Tokens along time, height and width; a remainder is cut off, as a VALID convolution does."""
+        """Tokens along time, height and width; a remainder is cut off, as by a VALID convolution (paper: kept)."""
         sizes = (self.num_frames, *self.frame_size)
         return tuple(size // step for size, step in zip(sizes, self.patch))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Audio tower: patches of the raw waveform, or of its log-mel spectrogram (the paper's ablation)."""
+    """Audio tower: patches of the raw waveform, or of its log-mel spectrogram (the paper's ablation).
+
+    The official spectrogram tower has neither DropToken nor biases in its transformer; `spt_base` is that.
+    """
 
     input: Literal["waveform", "spectrogram"] = "waveform"
     num_samples: int = 153_600  # 3.2 s at 48 kHz
@@ -214,7 +217,7 @@ class VATTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """One tower alone: `create_model("vit_base")` and its like; `num_classes` adds a classifier (Keras 'glorot')."""
+    """One tower alone: `create_model("vit_base")` and its like; `num_classes` adds a classifier, see `heads`."""
 
     name: str = "vit_base"
     modality: Literal["video", "audio", "text"] = "video"
@@ -222,7 +225,7 @@ class EncoderConfig:
     audio: AudioConfig = field(default_factory=AudioConfig)
     text: TextConfig = field(default_factory=TextConfig)
     num_classes: int = 0
-    classifier_dropout: float = 0.5
+    classifier_dropout: float = 0.5  # official for video; 0 for wat_* and spt_* (the paper states neither)
 
     def __post_init__(self) -> None:
         _check(self.num_classes >= 0, "num_classes", "be at least 0", self.num_classes)

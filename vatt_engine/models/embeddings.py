@@ -139,20 +139,28 @@ def resample_table(table: Tensor, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _spline_matrix(num_points: int, num_queries: int) -> Tensor:
-    """M with spline(queries) = M @ values: s(x) = sum_i w_i |x - x_i|^3 + a x + b through all points, sum w = 0."""
+    """M with spline(queries) = M @ values.
+
+    On one axis the spline s(x) = sum_i w_i |x - x_i|^3 + a x + b, with w orthogonal to lines, is the natural cubic one,
+    a straight line beyond the ends. Its curvatures solve a system that stays well-conditioned: that of the w_i loses
+    11 of 16 digits at 1200 points.
+    """
+    values = torch.eye(num_points, dtype=torch.float64, device="cpu")
     if num_points == 1:
-        return torch.ones(num_queries, 1, dtype=torch.float64)
-    points = torch.arange(num_points, dtype=torch.float64) / num_points
-    queries = torch.arange(num_queries, dtype=torch.float64) / num_queries
-    system = torch.zeros(num_points + 2, num_points + 2, dtype=torch.float64)
-    system[:num_points, :num_points] = (points[:, None] - points).abs() ** 3
-    system[:num_points, num_points:] = torch.stack([points, torch.ones_like(points)], dim=1)
-    system[num_points:, :num_points] = system[:num_points, num_points:].T
-    basis = torch.cat(
-        [(queries[:, None] - points).abs() ** 3, queries[:, None], torch.ones(num_queries, 1, dtype=torch.float64)], 1
-    )
-    values_to_coefficients = torch.linalg.inv(system)[:, :num_points]
-    return basis @ values_to_coefficients
+        return values.expand(num_queries, 1)
+    curvatures = torch.zeros_like(values)  # second derivatives at a knot spacing of 1; 0 at both ends
+    if num_points > 2:
+        inner = values[1:-1, 1:-1]
+        neighbours = values[1:-1, :-2] + values[1:-1, 2:]
+        curvatures[1:-1] = torch.linalg.solve(4 * inner + neighbours, 6 * values.diff(n=2, dim=0))
+    query = torch.arange(num_queries, dtype=torch.float64, device="cpu") * num_points / num_queries
+    left = query.floor().clamp_max(num_points - 2).long()
+    t = (query - left)[:, None]
+    inside = t.clamp_max(1.0)
+    of_left = (1 - inside) ** 3 - (1 - t)
+    of_right = inside**3 - inside
+    cubic = (of_left * curvatures[left] + of_right * curvatures[left + 1]) / 6
+    return (1 - t) * values[left] + t * values[left + 1] + cubic
 
 
 class PatchStem(nn.Module):

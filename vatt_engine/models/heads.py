@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,14 +109,25 @@ class JointHeads(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder, dropout on its pooled feature, and a Dense to `num_classes` logits (official fine-tuning head)."""
+    """An encoder, dropout on its pooled feature, and a Dense to `num_classes` logits (official fine-tuning head).
 
-    def __init__(self, encoder: nn.Module, num_classes: int, dropout: float) -> None:
+    Args:
+        multi_label: start as the official audio head, made for independent sigmoids: Glorot-uniform weight and a bias
+            of -log(num_classes - 1), so that every class has probability 1 / num_classes. The official video head,
+            made for a softmax, starts with a Glorot-normal weight and no bias.
+
+    Source: official vatt/modeling/backbones/{video,audio}/factory.py.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int, dropout: float, *, multi_label: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.dropout = nn.Dropout(dropout)
         self.head = init.linear(encoder.out_dim, num_classes)
-        init.glorot_normal_(self.head.weight, encoder.out_dim, num_classes)
+        if multi_label:
+            nn.init.constant_(self.head.bias, -math.log(max(1, num_classes - 1)))
+        else:
+            init.glorot_normal_(self.head.weight, encoder.out_dim, num_classes)
 
     def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal -> logits [B, num_classes]."""

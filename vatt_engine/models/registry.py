@@ -84,6 +84,7 @@ _MODELS: dict[str, Callable[[str], ModelConfig]] = {
     "spt_base": lambda name: EncoderConfig(
         name=name,
         modality="audio",
+        classifier_dropout=0.0,
         audio=AudioConfig(
             input="spectrogram",
             patch=(16, 5),
@@ -100,7 +101,7 @@ for _size, _transformer in _SIZES.items():
         name=name, modality="video", video=VideoConfig(transformer=t)
     )
     _MODELS[f"wat_{_size}"] = lambda name, t=_transformer: EncoderConfig(
-        name=name, modality="audio", audio=AudioConfig(transformer=t)
+        name=name, modality="audio", audio=AudioConfig(transformer=t), classifier_dropout=0.0
     )
 
 
@@ -135,6 +136,10 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Raises:
         ValueError: an unknown name, field or value.
+
+    Sizes are those of the official constructors: 212, 279 and 430 M parameters for the backbones of vatt_bbs, vatt_mbs
+    and vatt_lbs, 181 M for vatt_ma_medium's. The paper's 197, 264 and 415 M add up the towers of its Table 7, and its
+    155 M are the table's Medium; word vectors are left out.
 
     Source: paper Table 7 and official vatt/configs.
 

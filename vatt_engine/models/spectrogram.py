@@ -1,4 +1,4 @@
-"""Log-mel spectrogram of the paper's audio ablation, as the official pipeline (DMVR, tf.signal) computes it."""
+"""Log-mel spectrogram of the paper's audio ablation, as the official pipeline (tf.signal) computes it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def mel_spectrogram(
     Returns:
         [B, ceil(L / 1024), num_mels] float32; a silent clip gives zeros.
 
-    Source: DMVR compute_audio_spectrogram; tf.signal.stft(pad_end=True, periodic Hann) and
-    linear_to_mel_weight_matrix.
+    Source: official vatt/data/processing.py (make_spectrogram, normalize_spectrogram); tf.signal.stft(pad_end=True,
+    periodic Hann) and linear_to_mel_weight_matrix.
 
     >>> mel_spectrogram(torch.randn(1, 4096)).shape
     torch.Size([1, 4, 80])

@@ -77,7 +77,9 @@ class TextEncoder(nn.Module):
     """Words -> AGG first -> Dense + GELU (no bias) -> T5-style transformer; the sentence is the AGG row.
 
     Scores are not scaled, nothing has a bias but the feed-forward's LayerNorm, and the relative bias and the padding
-    mask made for layer 0 serve every layer (paper: the first only).
+    mask made for layer 0 serve every layer (paper: the first only). T5 itself has ReLU, an RMS norm before the
+    feed-forward and distances up to 128. The paper's text tokens are one learned projection of one-hot words; here, as
+    in the official code, word vectors go through Dense + GELU.
     Source: official vatt/modeling/backbones/text/{factory,t5}.py.
     """
 

@@ -34,7 +34,13 @@ class PatchEncoder(nn.Module):
 
 
 class AgnosticBackbone(nn.Module):
-    """The modality-agnostic backbone: a stem and a last projection per modality around one transformer."""
+    """The modality-agnostic backbone: a stem and a last projection per modality around one transformer.
+
+        tokens -> Dense, GELU -> + position, DropToken, AGG -> shared transformer -> Dense, GELU
+
+    Both Dense layers are the official code's; in the paper only linear tokenization comes before the transformer.
+    Source: paper section 3.2; official vatt/modeling/backbones/unified/uvatt.py.
+    """
 
     def __init__(self, config: VATTConfig) -> None:
         super().__init__()
@@ -140,6 +146,7 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     else:
         model = PatchEncoder(config.video if config.modality == "video" else config.audio)
         if config.num_classes:
-            model = Classifier(model, config.num_classes, config.classifier_dropout)
+            multi_label = config.modality == "audio"
+            model = Classifier(model, config.num_classes, config.classifier_dropout, multi_label=multi_label)
     model.config = config
     return model

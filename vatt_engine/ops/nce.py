@@ -46,7 +46,7 @@ def nce(
         b: [B, D], the partner of each row of `a`; same dtype and device.
         temperature: divides the cosines; a positive float, or a tensor of shape (1,) which gets a gradient.
         mask: [B] bool, False where the sample has no b. Its row of b is no one's negative, its own loss is 0 and the
-            mean is taken over the others; its row of a remains a negative of the other b, except in "symmetric".
+            mean is taken over the others; its row of a remains a negative of the other b, except in "one_way".
         form: "joint", "symmetric" or "one_way".
 
     Returns:

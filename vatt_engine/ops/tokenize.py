@@ -112,7 +112,9 @@ def patches_reference(video: Tensor, keep: Tensor | None, patch: Sequence[int], 
     patches = patches.flatten(2)
     if video.dtype == torch.uint8:
         patches = patches.to(torch.promote_types(dtype, torch.float32)) * 2 / 255 - 1
-    return patches.to(dtype)
+    # All patches of a waveform lie in its memory as they are; an op's output must have its own.
+    own = patches.untyped_storage().data_ptr() != video.untyped_storage().data_ptr()
+    return patches.to(dtype, copy=not own)
 
 
 def patches_bwd_reference(

@@ -242,6 +242,17 @@ def test_word_vectors_freeze_when_loaded():
     assert trainable.weight.requires_grad
 
 
+def test_norms_are_float32_under_autocast(recwarn):
+    model = create_model("vatt_tiny").train()
+    seen = []
+    for norm in (model.text.transformer.final_norm, model.video.transformer.final_norm):
+        norm.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tiny_batch(), seed=0)
+    assert seen == [torch.float32] * 2
+    assert [str(warning.message) for warning in recwarn if "rms_norm" in str(warning)] == []
+
+
 def test_relative_bias_in_all_layers_or_the_first_only():
     words = torch.tensor([[5, 9, 3, 7]])
     for where, layers in (("all", [True] * 4), ("first", [True, False, False, False])):

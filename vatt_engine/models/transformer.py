@@ -22,9 +22,16 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=EPS)
 
 
+class RMSNorm(nn.RMSNorm):
+    """w x / sqrt(mean(x^2) + eps), in the dtype of w under autocast too, as LayerNorm is computed there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def rms_norm(dim: int) -> nn.RMSNorm:
-    """w x / sqrt(mean(x^2) + eps), the norm before the text encoder's attention."""
-    return nn.RMSNorm(dim, eps=EPS)
+    """The norm before the text encoder's attention."""
+    return RMSNorm(dim, eps=EPS)
 
 
 class SelfAttention(nn.Module):

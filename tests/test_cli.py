@@ -158,7 +158,7 @@ MESSAGES = [
     (["pretrain", "demo", "--engine.steps", "3", "4"], "every word must belong to a flag, got 4."),
     (["pretrain", "demo", "--data.train", "nowhere.jsonl", "--out", "x/run"], "nowhere.jsonl"),
     (["pretrain", "demo", "--engine.steps", "3", "--engine.steps", "x"], "--engine.steps must be an integer, got 'x'."),
-    (["pretrain", "demo", "--optim.lr", "1"], "got an unknown one. Known names: --optim.name, --optim.betas, --optim."),
+    (["pretrain", "demo", "--optim.speed", "1"], "got an unknown one. Known names: --optim.name, --optim.lr, --optim."),
     (["pretrain", "demo", "--out", ""], "vatt pretrain: --out must be the name of a folder, got ''."),
     (
         ["pretrain", "demo", "--engine.device", "cpu:7"],
@@ -211,7 +211,7 @@ def test_official_recipes_are_the_released_settings():
     assert config.model.name == "vatt_ma_medium"
     assert (config.engine.steps, config.data.batch_size, config.engine.precision) == (500_000, 2048, "fp32")
     schedule, optim = config.schedule, config.optim
-    assert (schedule.peak, schedule.final, schedule.warmup_steps, schedule.total_steps) == (1e-4, 5e-5, 5000, 500_000)
+    assert (optim.lr, schedule.final, schedule.warmup_steps, schedule.total_steps) == (1e-4, 5e-5, 5000, 500_000)
     assert (optim.name, optim.betas, optim.eps, optim.weight_decay, optim.clip_norm) == (
         "adam",
         (0.9, 0.999),

@@ -15,7 +15,8 @@ from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 
-SCHEDULE = ScheduleConfig(peak=1e-2, final=1e-3, warmup_steps=3, total_steps=12)
+OPTIM = OptimConfig(lr=1e-2)
+SCHEDULE = ScheduleConfig(final=1e-3, warmup_steps=3, total_steps=12)
 
 
 class Rows(NamedTuple):
@@ -76,7 +77,7 @@ def rows(step: int, micro: int = 0, size: int = 8) -> Rows:
 def build(run_dir=None, *, module=None, loss=None, optim=None, **config) -> Engine:
     torch.manual_seed(0)
     config = EngineConfig(**{"steps": 12, "device": "cpu", **config})
-    return Engine(module or Toy(), loss or Loss(), config, optim or OptimConfig(), SCHEDULE, run_dir=run_dir)
+    return Engine(module or Toy(), loss or Loss(), config, optim or OPTIM, SCHEDULE, run_dir=run_dir)
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
@@ -157,7 +158,7 @@ def test_only_trainable_parameters_move_and_the_losss_do():
 
 
 def test_clip_norm_bounds_the_gradient():
-    engine = build(loss=plain_loss, optim=OptimConfig(clip_norm=1e-3))
+    engine = build(loss=plain_loss, optim=OptimConfig(lr=1e-2, clip_norm=1e-3))
     out = engine.step([rows(0)])
     clipped = torch.stack([p.grad.norm() for p in engine.parameters.values()]).norm()
     assert out.grad_norm > 1e-2

@@ -160,7 +160,7 @@ def test_signals_save_and_say_how_to_go_on(config):
 
 
 def test_a_run_that_diverges_stops_with_a_message(config, capsys):
-    flags = {"schedule.peak": 1e38, "schedule.warmup_steps": 0, "engine.steps": 30, "schedule.total_steps": 30}
+    flags = {"optim.lr": 1e38, "schedule.warmup_steps": 0, "engine.steps": 30, "schedule.total_steps": 30}
     path = Path(config.out).with_suffix(".yaml")
     path.write_text(dump_yaml(to_dict(replace(config, flags | {"engine.max_skipped": 3}))))
     assert main([str(path)]) == 1

@@ -125,7 +125,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir = config, schedule, run_dir
-        self.clip_norm = optim.clip_norm
+        self.peak, self.clip_norm = optim.lr, optim.clip_norm
         self.device = config.torch_device()
         self.module = module.to(self.device).train()
         self.loss = loss.to(self.device).train() if isinstance(loss, nn.Module) else loss
@@ -145,7 +145,7 @@ class Engine:
         """
         if not batches:
             raise ValueError("Engine.step: batches must hold at least one micro-batch, got none.")
-        lr = learning_rate(self.finished, self.schedule)
+        lr = learning_rate(self.finished, self.schedule, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         before = [(buffer, buffer.clone()) for module in self.modules.values() for buffer in module.buffers()]

@@ -14,13 +14,14 @@ from torch.nn import Parameter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Which optimiser and its constants; the learning rate is the schedule's.
+    """Which optimiser, its peak learning rate and its constants; the schedule shapes the rate over the steps.
 
     The defaults are the official pre-training's: Adam without weight decay or clipping. Fine-tuning uses
     `name="sgd"` with `clip_norm=0.75` on the backbone (official; the paper does not mention clipping).
 
     Args:
         name: "adam" or "sgd".
+        lr: learning rate at the end of the warm-up.
         betas: decay of Adam's first and second moment, each in [0, 1).
         eps: Adam's epsilon in Keras' sense, added to sqrt(v) before any bias correction.
         momentum: SGD's momentum, in [0, 1).
@@ -35,6 +36,7 @@ class OptimConfig:
     """
 
     name: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-7
     momentum: float = 0.9
@@ -50,7 +52,7 @@ class OptimConfig:
             raise ValueError(f"optim: momentum must be in [0, 1), got {self.momentum}.")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"optim: eps must be a finite number > 0, got {self.eps}.")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("lr", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim: {name} must be a finite number >= 0, got {value}.")
@@ -140,7 +142,7 @@ class KerasSGD(torch.optim.Optimizer):
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimiser over the parameters that require a gradient, at learning rate 0.
+    """The configured optimiser over the parameters that require a gradient, at the peak learning rate.
 
     The engine writes the schedule's rate into `group["lr"]` before each step. Groups carry `param_names`, so state can
     be stored by name.
@@ -165,10 +167,10 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
         groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return KerasSGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+        return KerasSGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return KerasAdam(
         groups,
-        lr=0.0,
+        lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: linear warm-up from 0, then a cosine from `peak` to `final`."""
+"""The learning rate as a pure function of the step: linear warm-up from 0 to the peak, then a cosine to `final`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ class ScheduleConfig:
     4.2) differs: a warm-up of 10,000 steps and a "quarter-period" cosine, `shape="quarter_cosine"`.
 
     Args:
-        peak: learning rate at the end of the warm-up.
         final: learning rate at `total_steps` and ever after.
-        warmup_steps: steps of the linear rise from 0; 0 starts at `peak`.
+        warmup_steps: steps of the linear rise from 0; 0 starts at the peak, `OptimConfig.lr`.
         total_steps: the step at which `final` is reached.
         shape: "half_cosine" is flat at both ends (official code); "quarter_cosine" leaves
-            `peak` flat and arrives at `final` at its steepest.
+            the peak flat and arrives at `final` at its steepest.
 
     Raises:
         ValueError: a rate is negative or not finite, or the steps are out of order.
@@ -31,17 +30,14 @@ class ScheduleConfig:
     5e-05
     """
 
-    peak: float = 1e-4
     final: float = 5e-5
     warmup_steps: int = 5_000
     total_steps: int = 500_000
     shape: Shape = "half_cosine"
 
     def __post_init__(self) -> None:
-        for name in ("peak", "final"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"schedule: {name} must be a finite number >= 0, got {value}.")
+        if not (math.isfinite(self.final) and self.final >= 0):
+            raise ValueError(f"schedule: final must be a finite number >= 0, got {self.final}.")
         if self.warmup_steps < 0:
             raise ValueError(f"schedule: warmup_steps must be >= 0, got {self.warmup_steps}.")
         if self.total_steps <= self.warmup_steps:
@@ -53,7 +49,7 @@ class ScheduleConfig:
             raise ValueError(f"schedule: shape must be one of {', '.join(get_args(Shape))}, got {self.shape!r}.")
 
 
-def learning_rate(step: int, config: ScheduleConfig) -> float:
+def learning_rate(step: int, config: ScheduleConfig, peak: float) -> float:
     """Learning rate of the update that follows `step` finished updates; the first one, at step 0, is made with 0.
 
         step < warmup:   peak * step / warmup
@@ -68,19 +64,20 @@ def learning_rate(step: int, config: ScheduleConfig) -> float:
     Args:
         step: number of updates made so far, >= 0.
         config: the schedule.
+        peak: learning rate at the end of the warm-up, `OptimConfig.lr`.
 
     Raises:
         ValueError: `step` is negative.
 
     Source: official vatt/utils/train/schedules.py (StepCosineLearningRateWithLinearWarmup); paper section 4.2.
 
-    >>> learning_rate(2_500, ScheduleConfig())
+    >>> learning_rate(2_500, ScheduleConfig(), 1e-4)
     5e-05
     """
     if step < 0:
         raise ValueError(f"learning_rate: step must be >= 0, got {step}.")
     if step < config.warmup_steps:
-        return config.peak * step / config.warmup_steps
+        return peak * step / config.warmup_steps
     if step >= config.total_steps:
         return config.final
     progress = (step - config.warmup_steps) / (config.total_steps - config.warmup_steps)
@@ -88,4 +85,4 @@ def learning_rate(step: int, config: ScheduleConfig) -> float:
         decay = (1 + math.cos(math.pi * progress)) / 2
     else:
         decay = math.cos(math.pi / 2 * progress)
-    return config.final + (config.peak - config.final) * decay
+    return config.final + (peak - config.final) * decay

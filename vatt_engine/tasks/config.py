@@ -130,7 +130,8 @@ def demo() -> PretrainConfig:
         out="runs/demo/run",
         model=model_config("vatt_tiny"),
         data=data,
-        schedule=ScheduleConfig(peak=1e-3, final=1e-5, warmup_steps=60, total_steps=steps),
+        optim=OptimConfig(lr=1e-3),
+        schedule=ScheduleConfig(final=1e-5, warmup_steps=60, total_steps=steps),
         engine=EngineConfig(steps=steps, log_every=20, save_every=200),
     )
 

@@ -158,7 +158,7 @@ MESSAGES = [
     (["pretrain", "demo", "--engine.steps", "3", "4"], "every word must belong to a flag, got 4."),
     (["pretrain", "demo", "--data.train", "nowhere.jsonl", "--out", "x/run"], "nowhere.jsonl"),
     (["pretrain", "demo", "--engine.steps", "3", "--engine.steps", "x"], "--engine.steps must be an integer, got 'x'."),
-    (["pretrain", "demo", "--optim.speed", "1"], "got an unknown one. Known names: --optim.name, --optim.lr, --optim."),
+    (["pretrain", "demo", "--optim.qqqq", "1"], "got an unknown one. Known names: --optim.name, --optim.lr, --optim."),
     (["pretrain", "demo", "--out", ""], "vatt pretrain: --out must be the name of a folder, got ''."),
     (
         ["pretrain", "demo", "--engine.device", "cpu:7"],

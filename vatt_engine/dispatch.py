@@ -148,6 +148,16 @@ def available_impls(stem: str, device: str) -> dict[str, str | None]:
     return found
 
 
+def unmeasured_impls(stem: str) -> set[str]:
+    """Names of the implementations of `stem` that nobody has timed on their device yet.
+
+    >>> unmeasured_impls("tokenize")
+    {'cuda'}
+    """
+    importlib.import_module("vatt_engine.ops")
+    return {impl.name for impls in _IMPLS[stem].values() for impl in impls if impl.unmeasured}
+
+
 def list_ops() -> list[str]:
     """The stems of all ops."""
     importlib.import_module("vatt_engine.ops")

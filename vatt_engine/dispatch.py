@@ -102,7 +102,7 @@ def _pick(stem: str, op: str, args: Sequence[Any]) -> Callable[..., Any]:
 def _warn_once(stem: str, name: str, reason: str) -> None:
     if not torch.compiler.is_compiling() and (stem, name) not in _WARNED:
         _WARNED.add((stem, name))
-        warnings.warn(f"{stem}: {name} is not available, a slower implementation is used: {reason}", stacklevel=4)
+        warnings.warn(f"{stem}: {name} is not available, the next implementation is used: {reason}", stacklevel=4)
 
 
 def define_op(stem: str, schema: str, *, fake: Callable[..., Any], impls: Sequence[Impl]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ class DropTokenConfig:
     """Which part of the tokens a training step sees (paper section 3.3); evaluation sees all.
 
     The released code keeps int(keep_rate * N); `keep_multiple=128` rounds so that kept tokens + AGG fill whole tiles
-    of 128 (767 + 1 of 1568 video tokens, 639 + 1 of 1200 audio tokens), which attention kernels are faster on.
+    of 128 (767 + 1 of 1568 video tokens, 639 + 1 of 1200 audio tokens), so that attention in such tiles has no padding.
     """
 
     keep_rate: float = 0.5

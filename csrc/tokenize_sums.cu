@@ -1,7 +1,5 @@
 // Sums of gradients over rows: bias, position embedding, AGG token, and the splits of the weight's gradient.
 // Every thread has eight columns. Without atomics but for dpos with a keep per sample.
-#include <algorithm>
-
 #include "cuda_utils.cuh"
 #include "tensor_core.cuh"
 #include "tokenize_device.h"
@@ -12,7 +10,7 @@ namespace {
 
 constexpr int kSumThreads = 128, kColumns = 8;
 
-__device__ __forceinline__ int first_column() { return (blockIdx.x * kSumThreads + threadIdx.x) * kColumns; }
+__device__ __forceinline__ int first_column() { return (blockIdx.y * kSumThreads + threadIdx.x) * kColumns; }
 
 template <typename T>
 __device__ __forceinline__ void add_row(float (&sum)[8], const T* row, int count) {
@@ -36,23 +34,23 @@ __device__ __forceinline__ void add_row(float (&sum)[8], const T* row, int count
 
 // workspace[chunk] = sum of a chunk of the rows: of the tokens of all samples, or of their AGG rows.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 8)
     sum_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params, bool agg_rows) {
   const int dim = static_cast<int>(params.dim), column = first_column(), count = dim - column;
   if (count <= 0) return;
   const int64_t rows = params.batch * (agg_rows ? 1 : params.kept);
-  const int64_t begin = rows * blockIdx.y / params.chunks, end = rows * (blockIdx.y + 1) / params.chunks;
+  const int64_t begin = rows * blockIdx.x / params.chunks, end = rows * (blockIdx.x + 1) / params.chunks;
   float sum[8] = {};
 #pragma unroll 4
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = agg_rows ? i * (params.kept + 1) : params.agg ? i + i / params.kept + 1 : i;
     add_row(sum, static_cast<const T*>(params.grad) + row * dim + column, count);
   }
-  store8(params.workspace + static_cast<int64_t>(blockIdx.y) * dim + column, sum, count);
+  store8(params.workspace + static_cast<int64_t>(blockIdx.x) * dim + column, sum, count);
 }
 
 // out = sum of the chunks.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 8)
     sum_chunks_kernel(const float* workspace, int64_t chunks, int64_t dim, float* out) {
   const int column = first_column(), count = static_cast<int>(dim) - column;
   if (count <= 0) return;
@@ -65,9 +63,9 @@ __global__ void __launch_bounds__(kSumThreads)
 // dpos[keep[k]] = sum over the samples, for one kept position k and those after it that hold the same token; where an
 // earlier one does, that one's block has the sum.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 8)
     sum_samples_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
-  const int64_t k = blockIdx.y;
+  const int64_t k = blockIdx.x;
   const auto token_at = [&](int64_t i) { return params.keep ? params.keep[i * params.keep_stride_k] : i; };
   const int64_t token = token_at(k);
   if (token < 0 || token >= params.num_tokens) __trap();
@@ -93,11 +91,9 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // dpos[keep[b, k]] += dy[b, k], in no fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 8)
     scatter_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
-  const int64_t i = blockIdx.y + static_cast<int64_t>(blockIdx.z) * gridDim.y;
-  if (i >= params.batch * params.kept) return;
-  const int64_t b = i / params.kept, k = i % params.kept;
+  const int64_t i = blockIdx.x, b = i / params.kept, k = i % params.kept;
   const int64_t token = params.keep[b * params.keep_stride_b + k * params.keep_stride_k];
   if (token < 0 || token >= params.num_tokens) __trap();
   const int dim = static_cast<int>(params.dim), column = first_column(), count = dim - column;
@@ -112,49 +108,44 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // dW[d, p] = scale (sum over the splits + 1/2 sum_i dY[i, d]).
 template <bool kBytes>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 8)
     tokenize_bwd_reduce_kernel(const __grid_constant__ TokenizeBwdParams params) {
   const int size = static_cast<int>(patch_size(params.rows.patches)), column = first_column(), count = size - column;
   if (count <= 0) return;
-  for (int64_t d = blockIdx.y; d < params.dim; d += gridDim.y) {
-    float sum[8] = {};
+  const int64_t d = blockIdx.x;
+  float sum[8] = {};
 #pragma unroll 4
-    for (int64_t i = 0; i < params.splits; ++i) {
-      add_row(sum, params.workspace + (i * params.dim + d) * size + column, count);
-    }
-    if (kBytes) {
-      const float half = 0.5f * params.grad_sum[d];
-#pragma unroll
-      for (float& value : sum) value = kByteScale * (value + half);
-    }
-    store8(params.dweight, params.dweight_dtype, d * size + column, sum, count);
+  for (int64_t i = 0; i < params.splits; ++i) {
+    add_row(sum, params.workspace + (i * params.dim + d) * size + column, count);
   }
+  if (kBytes) {
+    const float half = 0.5f * params.grad_sum[d];
+#pragma unroll
+    for (float& value : sum) value = kByteScale * (value + half);
+  }
+  store8(params.dweight, params.dweight_dtype, d * size + column, sum, count);
 }
 
-unsigned column_blocks(int64_t columns) {
-  return static_cast<unsigned>((columns + kSumThreads * kColumns - 1) / (kSumThreads * kColumns));
+// One row of blocks for each of `rows`.
+dim3 grid_of(int64_t rows, int64_t columns) {
+  constexpr int64_t kPerBlock = kSumThreads * kColumns;
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>((columns + kPerBlock - 1) / kPerBlock));
 }
 
 template <typename T>
 void sum_rows(const TokenizeBwdRowsParams& params, bool agg_rows, float* out, cudaStream_t stream) {
-  const unsigned blocks = column_blocks(params.dim);
-  launch(sum_rows_kernel<T>, dim3(blocks, static_cast<unsigned>(params.chunks)), kSumThreads, 0, stream, params,
-         agg_rows);
-  launch(sum_chunks_kernel, blocks, kSumThreads, 0, stream, params.workspace, params.chunks, params.dim, out);
+  launch(sum_rows_kernel<T>, grid_of(params.chunks, params.dim), kSumThreads, 0, stream, params, agg_rows);
+  launch(sum_chunks_kernel, grid_of(1, params.dim), kSumThreads, 0, stream, params.workspace, params.chunks, params.dim,
+         out);
 }
 
 template <typename T>
 void sum_positions(const TokenizeBwdRowsParams& params, cudaStream_t stream) {
-  const int64_t rows = params.batch * params.kept;
-  if (rows == 0) return;
-  const unsigned blocks = column_blocks(params.dim);
+  if (params.batch * params.kept == 0) return;
   if (params.keep && params.keep_stride_b) {
-    const int64_t most = 1 << 15, layers = (rows + most - 1) / most;
-    launch(scatter_rows_kernel<T>,
-           dim3(blocks, static_cast<unsigned>(std::min(rows, most)), static_cast<unsigned>(layers)), kSumThreads, 0,
-           stream, params);
+    launch(scatter_rows_kernel<T>, grid_of(params.batch * params.kept, params.dim), kSumThreads, 0, stream, params);
   } else {
-    launch(sum_samples_kernel<T>, dim3(blocks, static_cast<unsigned>(params.kept)), kSumThreads, 0, stream, params);
+    launch(sum_samples_kernel<T>, grid_of(params.kept, params.dim), kSumThreads, 0, stream, params);
   }
 }
 
@@ -172,8 +163,7 @@ void tokenize_bwd_rows(const TokenizeBwdRowsParams& params, int device, void* st
 }
 
 void tokenize_bwd_reduce(const TokenizeBwdParams& params, void* stream) {
-  const dim3 grid(column_blocks(patch_size(params.rows.patches)),
-                  static_cast<unsigned>(std::min<int64_t>(params.dim, 1 << 15)));
+  const dim3 grid = grid_of(params.dim, patch_size(params.rows.patches));
   const bool bytes = params.rows.patches.video_dtype == DType::kUInt8;
   launch(bytes ? tokenize_bwd_reduce_kernel<true> : tokenize_bwd_reduce_kernel<false>, grid, kSumThreads, 0,
          static_cast<cudaStream_t>(stream), params);

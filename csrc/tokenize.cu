@@ -15,7 +15,6 @@ namespace {
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_fwd_kernel(const __grid_constant__ TokenizeFwdParams params) {
-  using Operands = Product<T, false>;
   constexpr int kChunks = kDepth<T> / kChunk, kRowStep = kThreads<T> / kChunks, kRows = kTile / kRowStep;
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
@@ -31,37 +30,17 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
   int64_t patches[kRows];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) patches[j] = find_patch(params.rows, row0 + row + j * kRowStep);
-  ByteChunk bytes[kRows];
-  bool loaded[kRows] = {};
-  Operands product;
-  const int steps = (size + kDepth<T> - 1) / kDepth<T>;
+  VideoTile<T, 128, kBytes, kRows, kRowStep> video(row, chunk);
+  Product<T, false> product;
   run_steps(
-      steps, [](int) {},
+      (size + kDepth<T> - 1) / kDepth<T>, [](int) {},
       [&](int i) {
-        if (i >= steps) return;
         copy_tile<T, kThreads<T>, kTile, 128>(weight_tiles + i % kMatrixBuffers * kTileBytes, weight, size, column0,
                                               i * kDepth<T>, aligned, [&](int n) { return column0 + n < dim; });
       },
+      [&](int i) { video.fetch(p, ChunkPlace(p, i * kDepth<T> + chunk * kChunk), [&](int j) { return patches[j]; }); },
       [&](int i) {
-        if constexpr (kBytes) {
-          if (i >= steps) return;
-          const ChunkPlace at(p, i * kDepth<T> + chunk * kChunk);
-#pragma unroll
-          for (int j = 0; j < kRows; ++j) loaded[j] = bytes[j].load(p, patches[j], at);
-        }
-      },
-      [&](int i) {
-        if (i >= steps) return;
-        unsigned char* tile = video_tiles + i % kVideoBuffers * kTileBytes;
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          if (kBytes && loaded[j]) {
-            store_bytes<T, 128>(tile, row + j * kRowStep, chunk, bytes[j]);
-          } else {
-            const ChunkPlace at(p, i * kDepth<T> + chunk * kChunk);
-            store_pixels<T, 128, kBytes>(tile, row + j * kRowStep, chunk, p, patches[j], at);
-          }
-        }
+        video.put(video_tiles + i % kVideoBuffers * kTileBytes, params.rows, row0, i * kDepth<T> + chunk * kChunk);
       },
       [&](int i) {
         product.multiply(video_tiles + i % kVideoBuffers * kTileBytes, weight_tiles + i % kMatrixBuffers * kTileBytes);
@@ -96,7 +75,7 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_bwd_weight_kernel(const __grid_constant__ TokenizeBwdParams params) {
-  using Operands = Product<T, true>;
+  constexpr int kRowBytes = Product<T, true>::kRowBytes;
   constexpr int kRowStep = kThreads<T> / (kTile / kChunk), kRows = kDepth<T> / kRowStep;
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
@@ -115,45 +94,24 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
   const int chunk = threadIdx.x % 4 + threadIdx.x / 8 % 2 * 4;
   const int row = threadIdx.x / 16 * 2 + threadIdx.x / 4 % 2;
   const ChunkPlace at(p, p0 + chunk * kChunk);
-  ByteChunk bytes[kRows];
-  bool loaded[kRows] = {};
-  Operands product;
+  VideoTile<T, kRowBytes, kBytes, kRows, kRowStep> video(row, chunk);
+  Product<T, true> product;
   const auto first_row = [&](int i) { return (first + i) * kDepth<T>; };
   run_steps(
       steps,
       [&](int i) {  // other warps each time
         const int r = (static_cast<int>(threadIdx.x) + i * kDepth<T>) % kThreads<T>;
-        if (i < steps && r < kDepth<T>) patches[i % 2 * kDepth<T> + r] = find_patch(params.rows, first_row(i) + r);
+        if (r < kDepth<T>) patches[i % 2 * kDepth<T> + r] = find_patch(params.rows, first_row(i) + r);
       },
       [&](int i) {
-        if (i >= steps) return;
         const int64_t* found = patches + i % 2 * kDepth<T>;
-        copy_tile<T, kThreads<T>, kDepth<T>, Operands::kRowBytes>(grad_tiles + i % kMatrixBuffers * kTileBytes, grad,
-                                                                  dim, first_row(i), d0, aligned,
-                                                                  [&](int r) { return found[r] != kNoPatch; });
+        copy_tile<T, kThreads<T>, kDepth<T>, kRowBytes>(grad_tiles + i % kMatrixBuffers * kTileBytes, grad, dim,
+                                                        first_row(i), d0, aligned,
+                                                        [&](int r) { return found[r] != kNoPatch; });
       },
+      [&](int i) { video.fetch(p, at, [&](int j) { return patches[i % 2 * kDepth<T> + row + j * kRowStep]; }); },
       [&](int i) {
-        if constexpr (kBytes) {
-          if (i >= steps) return;
-#pragma unroll
-          for (int j = 0; j < kRows; ++j) {
-            loaded[j] = bytes[j].load(p, patches[i % 2 * kDepth<T> + row + j * kRowStep], at);
-          }
-        }
-      },
-      [&](int i) {
-        if (i >= steps) return;
-        unsigned char* tile = video_tiles + i % kVideoBuffers * kTileBytes;
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          const int r = row + j * kRowStep;
-          if (kBytes && loaded[j]) {
-            store_bytes<T, Operands::kRowBytes>(tile, r, chunk, bytes[j]);
-          } else {  // the table may already hold another step
-            const int64_t patch = find_patch(params.rows, first_row(i) + r);
-            store_pixels<T, Operands::kRowBytes, kBytes>(tile, r, chunk, p, patch, at);
-          }
-        }
+        video.put(video_tiles + i % kVideoBuffers * kTileBytes, params.rows, first_row(i), p0 + chunk * kChunk);
       },
       [&](int i) {
         product.multiply(grad_tiles + i % kMatrixBuffers * kTileBytes, video_tiles + i % kVideoBuffers * kTileBytes);

@@ -162,33 +162,22 @@ class Product<float, kDepthFirst> {
 };
 
 // The loop over the depth. Video goes through registers: fetched two steps ahead, put into its tile one step ahead; the
-// matrix is copied in the background two steps ahead; prepare(i) may fill a table that fetch(i) and copy(i) read.
-// fetch, put, copy and prepare do nothing for steps behind the last.
+// matrix is copied in the background two steps ahead; prepare(i) may fill a table, one of two, that fetch(i) and
+// copy(i) read. They do nothing for steps that there are not.
 template <typename Prepare, typename Copy, typename Fetch, typename Put, typename Multiply>
 __device__ __forceinline__ void run_steps(int steps, const Prepare& prepare, const Copy& copy, const Fetch& fetch,
                                           const Put& put, const Multiply& multiply) {
   prepare(0);
-  prepare(1);
-  __syncthreads();
-  copy(0);
-  cp_async_commit();
-  copy(1);
-  cp_async_commit();
-  fetch(0);
-  put(0);
-  fetch(1);
-  __syncthreads();
-  prepare(2);
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
+  for (int i = -2; i < steps; ++i) {
     cp_async_wait<1>();
     __syncthreads();  // step i has landed for all, and nobody reads the tiles of step i - 1 any more
-    copy(i + 2);
+    if (i + 2 < steps) copy(i + 2);
     cp_async_commit();
-    put(i + 1);
-    fetch(i + 2);
-    multiply(i);
-    prepare(i + 3);
+    if (i + 1 >= 0 && i + 1 < steps) put(i + 1);
+    if (i + 2 < steps) fetch(i + 2);
+    if (i >= 0) multiply(i);
+    if (i + 3 < steps) prepare(i + 3);
   }
   cp_async_wait<0>();
   __syncthreads();

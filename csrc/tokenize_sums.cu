@@ -48,7 +48,7 @@ __device__ __forceinline__ void add_rows(float (&sum)[8], int64_t begin, int64_t
 
 // workspace[chunk] = sum of a chunk of the rows: of the tokens of all samples, or of their AGG rows.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params, bool agg_rows) {
   const int dim = static_cast<int>(params.dim), column = first_column(), count = dim - column;
   if (count <= 0) return;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
 }
 
 // out = sum of the chunks.
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_chunks_kernel(const float* workspace, int64_t chunks, int64_t dim, float* out) {
   const int column = first_column(), count = static_cast<int>(dim) - column;
   if (count <= 0) return;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
 // dpos[keep[k]] = sum over the samples, for one kept position k and those after it that hold the same token; where an
 // earlier one does, that one's block has the sum.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_samples_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
   const int64_t k = blockIdx.x;
   const auto token_at = [&](int64_t i) { return params.keep ? params.keep[i * params.keep_stride_k] : i; };
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
 
 // dpos[keep[b, k]] += dy[b, k], in no fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     scatter_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
   const int64_t i = blockIdx.x, b = i / params.kept, k = i % params.kept;
   const int64_t token = params.keep[b * params.keep_stride_b + k * params.keep_stride_k];
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kSumThreads, 8)
 
 // dW[d, p] = scale (sum over the splits + 1/2 sum_i dY[i, d]).
 template <bool kBytes>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     tokenize_bwd_reduce_kernel(const __grid_constant__ TokenizeBwdParams params) {
   const int size = static_cast<int>(patch_size(params.rows.patches)), column = first_column(), count = size - column;
   if (count <= 0) return;

@@ -22,13 +22,22 @@ class GatherTiles:
     block_k: int
     block_d: int
     num_warps: int
-    num_stages: int = 2
+
+    def arguments(self) -> dict[str, int]:
+        return {"BLOCK_K": self.block_k, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
 
 
-TILES = (GatherTiles(block_k=16, block_d=256, num_warps=4),)  # not measured on a GPU yet
+@dataclass(frozen=True)
+class SortTiles:
+    """The most keys that one program sorts in registers, a power of two."""
 
-# One program sorts a sample's keys in registers; more than this many are sorted by torch.
-MAX_SORTED = 4096
+    num_tokens: int
+    num_warps: int
+
+
+# Not measured on a GPU yet. The first row that is large enough is taken; still more keys are sorted by torch.
+TILES = (GatherTiles(block_k=16, block_d=256, num_warps=4),)
+SORT_TILES = (SortTiles(num_tokens=1024, num_warps=4), SortTiles(num_tokens=4096, num_warps=8))
 KEY_BLOCK = 1024
 
 # The splitmix64 finaliser (Steele, Lea and Flood 2014); the low bits of a key hold its position.
@@ -125,10 +134,7 @@ def drop_token_fwd(tokens: Tensor, keep: Tensor) -> Tensor:
             *tokens.stride(),
             keep.stride(0) if keep.ndim == 2 else 0,
             keep.stride(-1),
-            BLOCK_K=tiles.block_k,
-            BLOCK_D=tiles.block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **tiles.arguments(),
             debug=True,  # keeps the assertion, and with the next no other
             sanitize_overflow=False,
         )
@@ -149,11 +155,14 @@ def sample_keep(seed: Tensor, sample_id: Tensor | None, num_tokens: int, num_kep
     shape = (num_kept,) if sample_id is None else (batch, num_kept)
     if batch * num_kept == 0:
         return seed.new_empty(shape)
+    tiles = next((tiles for tiles in SORT_TILES if num_tokens <= tiles.num_tokens), None)
     with torch.cuda.device_of(seed):
-        if num_tokens <= MAX_SORTED:
+        if tiles is not None:
             keep = seed.new_empty(shape)
             block = max(2, triton.next_power_of_2(num_tokens))
-            sample_keep_kernel[(batch,)](seed, sample_id, keep, num_tokens, num_kept, BLOCK_N=block, num_warps=4)
+            sample_keep_kernel[(batch,)](
+                seed, sample_id, keep, num_tokens, num_kept, BLOCK_N=block, num_warps=tiles.num_warps
+            )
             return keep
         keys = seed.new_empty(batch, num_tokens)
         grid = (batch, triton.cdiv(num_tokens, KEY_BLOCK))

@@ -20,7 +20,9 @@ class SegmentTiles:
     block_g: int
     block_d: int
     num_warps: int
-    num_stages: int = 2
+
+    def arguments(self) -> dict[str, int]:
+        return {"BLOCK_G": self.block_g, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
 
 
 TILES = (SegmentTiles(block_g=16, block_d=128, num_warps=4),)  # not measured on a GPU yet
@@ -118,9 +120,6 @@ def segment_sum(
             repeat,
             step,
             ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            BLOCK_G=tiles.block_g,
-            BLOCK_D=tiles.block_d,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **tiles.arguments(),
         )
     return out

@@ -24,11 +24,12 @@ from .tokenize_patches import Patches, load_patches, pixels
 
 @dataclass(frozen=True)
 class Tiles:
-    """Block sizes of one kernel: output rows and columns, and elements (not words) of the sum per step."""
+    """Block sizes of one kernel: rows and columns of the result, and elements (not words) of the sum per step."""
 
-    archs: tuple[int, ...]  # compute capabilities the row is for: 80 serves what is neither 90 nor 100
+    archs: tuple[int, ...]  # compute capabilities the row is for; 80 serves all that are neither 90 nor 100
     half: bool  # bfloat16 and float16 products, else float32
-    min_size: int  # rows (forward) or tokens (backward) from which on the row is chosen
+    words: tuple[int, ...]  # bytes of uint8 video that are read at once
+    min_rows: int  # rows of the output from which on the row is chosen
     block_m: int
     block_n: int
     block_k: int
@@ -41,28 +42,35 @@ class Tiles:
 
 
 # The first row that fits is taken. Nobody has measured them on a GPU yet: they are guesses that compile without spills.
+# float32 rows are 32 high: from 64 on Triton 3.7 uses TF32 on 100 even where IEEE is asked for. The four planes of a
+# large tile do not fit into the tensor memory of 100, so that bytes are read there.
 FWD_TILES = (
-    Tiles(archs=(90, 100), half=True, min_size=4096, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
-    Tiles(archs=(80,), half=True, min_size=4096, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-    Tiles(archs=(80, 90, 100), half=True, min_size=0, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
-    Tiles(archs=(80, 90, 100), half=False, min_size=0, block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2),
+    Tiles((90,), True, (4,), 4096, block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=2),
+    Tiles((90, 100), True, (1,), 4096, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80,), True, (4, 1), 4096, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80, 90, 100), True, (4, 1), 0, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+    Tiles((80, 90, 100), False, (4, 1), 0, block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=2),
 )
-# block_m: rows of dweight, block_n: elements of a patch, block_k: tokens.
+# Rows of the result are those of dweight, columns the elements of a patch, and the sum is over tokens.
 BWD_TILES = (
-    Tiles(archs=(90, 100), half=True, min_size=4096, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
-    Tiles(archs=(80,), half=True, min_size=4096, block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
-    Tiles(archs=(80, 90, 100), half=True, min_size=0, block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
-    Tiles(archs=(80, 90, 100), half=False, min_size=0, block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2),
+    Tiles((90, 100), True, (1,), 4096, block_m=256, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80,), True, (1,), 4096, block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
+    Tiles((80, 90, 100), True, (1,), 0, block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    Tiles((80, 90, 100), False, (1,), 0, block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=2),
 )
 PROGRAMS = 264  # dweight is split over the tokens until there are about as many: two per multiprocessor of an H100
-TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def choose_tiles(table: Sequence[Tiles], device: torch.device, dtype: torch.dtype, size: int) -> Tiles:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    arch = 10 * major if major in (9, 10) else 80
+def choose_tiles(table: Sequence[Tiles], arch: int, dtype: torch.dtype, word: int, rows: int) -> Tiles:
+    """The first row that fits; one that reads single bytes fits whatever lies at addresses that four divides, too."""
     half = dtype != torch.float32
-    return next(row for row in table if arch in row.archs and row.half == half and size >= row.min_size)
+    fits = (tiles for tiles in table if arch in tiles.archs and tiles.half == half and rows >= tiles.min_rows)
+    return next(tiles for tiles in fits if word in tiles.words or 1 in tiles.words)
+
+
+def arch_of(device: torch.device) -> int:
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return 10 * major if major in (9, 10) else 80
 
 
 @triton.jit
@@ -98,7 +106,8 @@ def tokenize_fwd_kernel(
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     tiles_n = tl.cdiv(dim, BLOCK_N)
     row = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d0 = tl.program_id(0) % tiles_n * BLOCK_N
+    d = d0 + tl.arange(0, BLOCK_N)
     # Rows and columns beyond the last repeat it: they are computed, but not stored.
     corner = tl.load(corner_ptr + tl.minimum(row, num_rows - 1))
     weight = weight_ptr + tl.minimum(d, dim - 1).to(tl.int64) * P
@@ -115,28 +124,52 @@ def tokenize_fwd_kernel(
 
     if not video_ptr.dtype.element_ty.is_floating():
         total *= 2.0 / 255.0
-    mask_d = d < dim
     b = (row // rows_per_sample).to(tl.int64)
     k = row % rows_per_sample
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if agg_ptr is not None:
         k -= 1
+    if keep_ptr is not None:
+        kept = keep_ptr + b * keep_stride_b + k * keep_stride_k
+        token = tl.load(kept, mask=(row < num_rows) & (k >= 0), other=0)
+    else:
+        token = k.to(tl.int64)
+    # In parts of 64 columns: what is added to a whole tile would not fit into the registers beside it.
+    if BLOCK_N == 256:
+        one, other = _halves(total)
+        for half in tl.static_range(2):
+            left, right = _halves(other if half else one)
+            first = d0 + 128 * half
+            _finish(left, first, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim)
+            _finish(right, first + 64, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim)
+    elif BLOCK_N == 128:
+        left, right = _halves(total)
+        _finish(left, d0, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim)
+        _finish(right, d0 + 64, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim)
+    else:
+        _finish(total, d0, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(total, first, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim):
+    """Add bias and pos to columns `first`... of the rows, or put the AGG token where k < 0, and store them."""
+    d = first + tl.arange(0, total.shape[1])
+    mask_d, mask_row = d < dim, row < num_rows
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if pos_ptr is not None:
-        mask_token = (row < num_rows) & (k >= 0)
-        if keep_ptr is not None:
-            token = tl.load(keep_ptr + b * keep_stride_b + k * keep_stride_k, mask=mask_token, other=0)
-        else:
-            token = k.to(tl.int64)
-        pos = tl.load(
-            pos_ptr + (token * dim)[:, None] + d[None, :], mask=mask_token[:, None] & mask_d[None, :], other=0
-        )
-        total += pos.to(tl.float32)
+        pos = (pos_ptr + token * dim)[:, None] + d[None, :]
+        total += tl.load(pos, mask=(mask_row & (k >= 0))[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
     if agg_ptr is not None:
         agg = tl.load(agg_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
         total = tl.where((k < 0)[:, None], agg[None, :], total)
-    out = out_ptr + (row.to(tl.int64) * dim)[:, None] + d[None, :]
-    tl.store(out, total, mask=(row < num_rows)[:, None] & mask_d[None, :])
+    out = (out_ptr + row.to(tl.int64) * dim)[:, None] + d[None, :]
+    tl.store(out, total, mask=mask_row[:, None] & mask_d[None, :])
 
 
 @triton.jit
@@ -151,7 +184,6 @@ def tokenize_bwd_kernel(
     rows_per_split,
     stride_t,
     stride_y,
-    dtype: tl.constexpr,
     AGG: tl.constexpr,
     P: tl.constexpr,
     RUN: tl.constexpr,
@@ -164,6 +196,7 @@ def tokenize_bwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dweight = scale dy^T patches over the rows of one split, [splits, D, P]."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     tiles_p = tl.cdiv(P, BLOCK_N)
     d = tl.program_id(0) // tiles_p * BLOCK_M + tl.arange(0, BLOCK_M)
     p = tl.program_id(0) % tiles_p * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,7 +212,7 @@ def tokenize_bwd_kernel(
             mask = mask & (row % rows_per_sample > 0)
         corner = tl.load(corner_ptr + row, mask=mask, other=0)
         at = (row.to(tl.int64) * dim)[:, None] + d[None, :]
-        dy = tl.load(grad_ptr + at, mask=mask[:, None] & mask_d[None, :], other=0.0).to(dtype)
+        dy = tl.load(grad_ptr + at, mask=mask[:, None] & mask_d[None, :], other=0.0)
         loaded = load_patches(video_ptr, corner, mask, p, stride_t, stride_y, P, RUN, CHANNELS, PATCH_H, 1, ALIGN, FLIP)
         total = tl.dot(tl.trans(dy), pixels(loaded, 0, dtype), total, input_precision="ieee")
 
@@ -211,7 +244,8 @@ def tokenize_fwd(
         return out
     num_rows = video.shape[0] * patches.rows
     word = 4 if video.dtype == torch.uint8 and patches.align % 4 == 0 else 1
-    tiles = choose_tiles(FWD_TILES, video.device, dtype, num_rows)
+    tiles = choose_tiles(FWD_TILES, arch_of(video.device), dtype, word, num_rows)
+    word = word if word in tiles.words else 1
     with torch.cuda.device_of(video):
         planes = weight.new_empty(dim, word, patches.patch_size // word, dtype=dtype)
         planes.copy_(weight.reshape(dim, -1, word).transpose(1, 2))
@@ -269,7 +303,7 @@ def _weight_gradient(grad: Tensor, patches: Patches, dtype: torch.dtype, weight_
     num_rows, dim = grad.shape[0] * grad.shape[1], grad.shape[2]
     if grad.numel() == 0:
         return grad.new_zeros(dim, patches.patch_size, dtype=weight_dtype)
-    tiles = choose_tiles(BWD_TILES, grad.device, dtype, num_rows)
+    tiles = choose_tiles(BWD_TILES, arch_of(grad.device), dtype, 1, num_rows)
     programs = triton.cdiv(dim, tiles.block_m) * triton.cdiv(patches.patch_size, tiles.block_n)
     steps = triton.cdiv(num_rows, tiles.block_k)
     steps_per_split = triton.cdiv(steps, triton.cdiv(PROGRAMS, programs))
@@ -280,14 +314,13 @@ def _weight_gradient(grad: Tensor, patches: Patches, dtype: torch.dtype, weight_
         tokenize_bwd_kernel[(programs, splits)](
             patches.video,
             patches.corners(),
-            grad,
+            grad.to(dtype),  # every tile of the patches reads all of it: it is rounded once
             parts,
             num_rows,
             dim,
             patches.rows,
             steps_per_split * tiles.block_k,
             **patches.arguments(),
-            dtype=TL_DTYPES[dtype],
             AGG=patches.agg,
             **tiles.arguments(),
         )

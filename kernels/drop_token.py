@@ -144,7 +144,7 @@ def drop_token_fwd(tokens: Tensor, keep: Tensor) -> Tensor:
 def drop_token_bwd(grad: Tensor, keep: Tensor, num_tokens: int) -> Tensor:
     """dx[b, keep[k]] += dy[b, k] in float32, rounded once to grad's dtype; rows that were dropped are zero."""
     batch, kept = grad.shape[:2]
-    rows, start = segments(keep.view(-1, kept), num_tokens)
+    rows, start = segments(keep if keep.ndim == 2 else keep[None], num_tokens)
     return segment_sum(grad.contiguous(), rows, start, grad.dtype, batch=batch, x_rows=kept)
 
 

@@ -71,7 +71,7 @@ def segments(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
     Positions whose group lies outside 0..num_groups - 1 are in none.
     """
-    ordered, position = group.sort(dim=-1, stable=True)
+    ordered, position = group.contiguous().sort(dim=-1, stable=True)  # results have the strides of what is sorted
     bounds = torch.arange(num_groups + 1, device=group.device).expand(group.shape[0], -1).contiguous()
     return position, torch.searchsorted(ordered, bounds)
 

@@ -20,11 +20,12 @@ SHAPES = {
     "words_rests": ((2, 3, 8), 3, (2, 1, 3), (1, 2, 4), 70),
     "odd": ((2, 3, 5), 3, (1, 2, 2), (1, 0, 1), 7),
     "wave": ((1, 1, 9), 1, (1, 1, 5), (0, 0, 3), 1),
+    "long": ((1, 2, 4), 1, (3, 1, 100), (0, 0, 0), 300),
 }
 OPTIONS = {
     "dtype": [F32, BF16, F16],
     "video": [U8, F32, BF16],
-    "shape": list(SHAPES),
+    "shape": ["words", "words_rests", "odd", "wave"],
     "weight": [F32, BF16],
     "bias": [None, F32, F16],
     "pos": [None, F32, BF16],
@@ -148,3 +149,109 @@ def test_backward(case):
     low, exact = (bwd_plain(grad, video, tokens, agg, *rest, dtype, weight.dtype, exact) for exact in (False, True))
     for name, *triple in zip(("dweight", "dbias", "dpos", "dagg"), actual, low, exact):
         assert_within_budget(*triple, name=name)
+
+
+LONG = {"dtype": F32, "video": U8, "shape": "long", "weight": F32, "bias": F32, "pos": F32, "agg": F32}
+LONG |= {"keep": "sample", "crop": False, "flip": False, "layout": "contiguous", "batch": 2}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("tiles", kernels.FWD_TILES, ids=str)
+def test_every_row_of_the_forward_table(tiles, flip, monkeypatch):
+    case = LONG | {"dtype": BF16 if tiles.half else F32, "flip": flip}
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    args = build(case)
+    with triton_interpreter.running(), triton_interpreter.guard_bands():
+        actual = kernels.tokenize_fwd(*args, case["dtype"])
+    low, exact = (fwd_plain(*args, case["dtype"], exact) for exact in (False, True))
+    assert_within_budget(actual, low, exact, name="y")
+
+
+@pytest.mark.parametrize("programs", [1, 264])
+@pytest.mark.parametrize("tiles", kernels.BWD_TILES, ids=str)
+def test_every_row_of_the_backward_table(tiles, programs, monkeypatch):
+    """With the sum over tokens in one piece, and in several."""
+    dtype = BF16 if tiles.half else F32
+    video, weight, _, _, _, keep, crop, flip, size, patch = build(LONG)
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    grad = randn(2, 1 + keep.shape[1], weight.shape[0], dtype=dtype)
+    rest = (keep, crop, flip, size, patch)
+    with triton_interpreter.running(), triton_interpreter.guard_bands():
+        dweight, *others = kernels.tokenize_bwd(grad, video, *rest, True, dtype, BF16, [True, False, False, False])
+    assert [other.numel() for other in others] == [0, 0, 0]
+    low, exact = (bwd_plain(grad, video, 300, True, *rest, dtype, BF16, exact)[0] for exact in (False, True))
+    assert_within_budget(dweight, low, exact, name="dweight")
+
+
+def test_the_table_has_a_row_for_everything():
+    for arch in (80, 90, 100):
+        for dtype in (F32, BF16, F16):
+            for word in (1, 4):
+                for rows in (1, 4095, 4096, 10**6):
+                    tiles = kernels.choose_tiles(kernels.FWD_TILES, arch, dtype, word, rows)
+                    assert arch in tiles.archs
+                    assert {1, word} & set(tiles.words)
+                    assert kernels.choose_tiles(kernels.BWD_TILES, arch, dtype, 1, rows).half == (dtype != F32)
+
+
+@pytest.mark.parametrize("needs", [[False] * 4, [False, True, False, False], [False, False, True, True]])
+def test_only_what_is_needed(needs):
+    video, weight, _, _, _, keep, crop, flip, size, patch = build(CASES[0] | {"keep": "twice", "shape": "odd"})
+    grad = randn(video.shape[0], 1 + keep.shape[1], weight.shape[0])
+    rest = (keep, crop, flip, size, patch)
+    with triton_interpreter.running():
+        actual = kernels.tokenize_bwd(grad, video, *rest, True, F32, F32, needs)
+    low, exact = (bwd_plain(grad, video, 4, True, *rest, F32, F32, exact) for exact in (False, True))
+    for need, *triple in zip(needs, actual, low, exact):
+        if need:
+            assert_within_budget(*triple)
+        else:
+            assert triple[0].shape == (0,)
+
+
+@pytest.mark.parametrize(("batch", "kept", "agg"), [(0, 3, True), (2, 0, False), (2, 0, True)])
+def test_nothing_kept(batch, kept, agg):
+    video = torch.zeros(batch, 2, 4, 4, 1, dtype=U8)
+    keep = torch.zeros(batch, kept, dtype=torch.int64)
+    row = torch.arange(5.0)
+    rest = (keep, None, None, [4, 4], [2, 2, 4])
+    with triton_interpreter.running():
+        y = kernels.tokenize_fwd(video, torch.ones(5, 16), row, None, row if agg else None, *rest, F32)
+        grads = kernels.tokenize_bwd(torch.ones_like(y), video, *rest, agg, F32, F32, [True, True, True, agg])
+    assert torch.equal(y, row.expand(batch, kept + agg, 5) if kept == 0 else y.new_empty(0, 4, 5))
+    assert [grad.tolist() for grad in grads[:3]] == [[[0.0] * 16] * 5, [0.0] * 5, [[0.0] * 5] * 2]
+    assert grads[3].tolist() == ([float(batch)] * 5 if agg else [])
+
+
+@pytest.mark.parametrize("token", [-1, 2, 2**40])
+def test_a_wrong_token_stops_the_run(token):
+    keep = torch.tensor([[0, token]])
+    with triton_interpreter.running(), pytest.raises(Exception, match="keep must hold token numbers of the grid"):
+        patches_at(keep, None).corners()
+
+
+@pytest.mark.parametrize("corner", [(-1, 0), (0, -1), (2, 0), (0, 2)])
+def test_a_wrong_window_stops_the_run(corner):
+    with triton_interpreter.running():
+        assert patches_at(None, torch.tensor([(1, 1)])).corners().tolist() == [1 + 6, 1 + 6 + 12]
+        with pytest.raises(Exception, match="crop must be corners of windows inside the video"):
+            patches_at(None, torch.tensor([corner])).corners()
+
+
+def patches_at(keep, crop):
+    """Two tokens of 2 x 4 pixels in a window of 4 x 5 in a picture of 5 x 6."""
+    video = torch.zeros(1, 1, 5, 6, 1, dtype=U8)
+    return kernels.Patches(video, keep, crop, None, (4, 5), (1, 2, 4), False)
+
+
+def test_corners_beyond_two_to_the_31():
+    """More than 2^31 bytes between samples, and between the first and the last frame (memory that nobody touches)."""
+    flat = torch.empty(2**32 + 2**29, dtype=U8)
+    video = flat.as_strided((2, 3, 2, 4, 1), (2**31 + 2**20, 2**30 + 2**10, 4, 1, 1))
+    patches = kernels.Patches(video, None, None, torch.tensor([False, True]), (2, 4), (1, 2, 2), False)
+    with triton_interpreter.running():
+        corner = patches.corners().view(2, 3, 2)
+    frame, sample = 2**30 + 2**10, 2**31 + 2**20
+    assert corner[0].tolist() == [[0, 2], [frame, frame + 2], [2 * frame, 2 * frame + 2]]
+    assert (~corner[1]).tolist() == [[sample + t * frame + 2, sample + t * frame] for t in range(3)]

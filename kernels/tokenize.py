@@ -158,15 +158,17 @@ def _halves(x):
 @triton.jit
 def _finish(total, first, row, k, token, bias_ptr, pos_ptr, agg_ptr, out_ptr, num_rows, dim):
     """Add bias and pos to columns `first`... of the rows, or put the AGG token where k < 0, and store them."""
+    sums: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     d = first + tl.arange(0, total.shape[1])
     mask_d, mask_row = d < dim, row < num_rows
+    total = total.to(sums)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(sums)[None, :]
     if pos_ptr is not None:
         pos = (pos_ptr + token * dim)[:, None] + d[None, :]
-        total += tl.load(pos, mask=(mask_row & (k >= 0))[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        total += tl.load(pos, mask=(mask_row & (k >= 0))[:, None] & mask_d[None, :], other=0.0).to(sums)
     if agg_ptr is not None:
-        agg = tl.load(agg_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+        agg = tl.load(agg_ptr + d, mask=mask_d, other=0.0).to(sums)
         total = tl.where((k < 0)[:, None], agg[None, :], total)
     out = (out_ptr + row.to(tl.int64) * dim)[:, None] + d[None, :]
     tl.store(out, total, mask=mask_row[:, None] & mask_d[None, :])
@@ -280,22 +282,23 @@ def tokenize_bwd(
     weight_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad [B, K (+ 1), D] -> dweight of `weight_dtype`, dbias, dpos, dagg in float32; [0] for what `needs` leaves out.
+    """grad [B, K (+ 1), D] -> dweight of `weight_dtype`, dbias, dpos, dagg; [0] for what `needs` leaves out.
 
-    Every sum is taken in a fixed order: the same bits in every run.
+    The last three are float32, or float64 if grad is. Every sum is taken in a fixed order: the same bits in every run.
     """
     patches = Patches(video, keep, crop, flip, size, patch, agg)
     need_weight, need_bias, need_pos, need_agg = needs
     dweight = grad.new_empty(0, dtype=weight_dtype)
-    dbias, dpos, dagg = (grad.new_empty(0, dtype=torch.float32) for _ in range(3))
+    sums = torch.promote_types(grad.dtype, torch.float32)
+    dbias, dpos, dagg = (grad.new_empty(0, dtype=sums) for _ in range(3))
     if need_weight:
         dweight = _weight_gradient(grad, patches, dtype, weight_dtype)
     if need_pos:
-        dpos = _pos_gradient(grad, patches)
+        dpos = _pos_gradient(grad, patches, sums)
     if need_bias:
-        dbias = dpos.sum(0) if need_pos else grad[:, int(agg) :].sum((0, 1), dtype=torch.float32)
+        dbias = dpos.sum(0) if need_pos else grad[:, int(agg) :].sum((0, 1), dtype=sums)
     if need_agg:
-        dagg = grad[:, 0].sum(0, dtype=torch.float32)
+        dagg = grad[:, 0].sum(0, dtype=sums)
     return dweight, dbias, dpos, dagg
 
 
@@ -327,14 +330,14 @@ def _weight_gradient(grad: Tensor, patches: Patches, dtype: torch.dtype, weight_
     return parts[0] if splits == 1 else parts.sum(0).to(weight_dtype)
 
 
-def _pos_gradient(grad: Tensor, patches: Patches) -> Tensor:
+def _pos_gradient(grad: Tensor, patches: Patches, dtype: torch.dtype) -> Tensor:
     """dpos[n] = the sum of the rows of all samples that hold token n."""
     batch, rows, _ = grad.shape
     keep, agg = patches.keep, int(patches.agg)
     if keep is None:
-        return grad[:, agg:].sum(0, dtype=torch.float32)
+        return grad[:, agg:].sum(0, dtype=dtype)
     position, start = segments(keep.reshape(1, -1), patches.num_tokens)
     if keep.ndim == 1:
-        return segment_sum(grad, position + agg, start, torch.float32, repeat=batch, step=rows)[0]
+        return segment_sum(grad, position + agg, start, dtype, repeat=batch, step=rows)[0]
     row = position + (torch.div(position, keep.shape[1], rounding_mode="floor") + 1) * agg
-    return segment_sum(grad, row, start, torch.float32)[0]
+    return segment_sum(grad, row, start, dtype)[0]

@@ -1,4 +1,4 @@
-"""tokenize in Triton, run by its interpreter: every option with every other, against the formula in float64."""
+"""tokenize in Triton, run by its interpreter: every option with every other, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 import triton_interpreter
 
+from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
 from vatt_engine.testing import assert_within_budget, randn
 
 kernels = triton_interpreter.load("tokenize")
@@ -28,7 +29,7 @@ OPTIONS = {
     "shape": ["words", "words_rests", "odd", "wave"],
     "weight": [F32, BF16],
     "bias": [None, F32, F16],
-    "pos": [None, F32, BF16],
+    "pos": [None, F32, BF16, torch.float64],
     "agg": [None, F32, BF16],
     "keep": ["all", "batch", "sample", "twice"],
     "crop": [False, True],
@@ -84,47 +85,21 @@ def values(shape, dtype):
     return torch.randint(0, 256, shape, dtype=U8) if dtype == U8 else randn(*shape, dtype=dtype)
 
 
-def patches_of(video, keep, crop, flip, size, patch, exact):
-    """[B, K, P]: each sample's window, cut up, in float64 or in float32."""
-    samples = []
-    for b, sample in enumerate(video):
-        y, x = (0, 0) if crop is None else crop[b].tolist()
-        window = sample[:, y : y + size[0], x : x + size[1]]
-        if flip is not None and flip[b]:
-            window = window.flip(2)
-        for axis, step in enumerate(patch):
-            window = window.unfold(axis, step, step)  # [nt, nh, nw, C, t, h, w]
-        tokens = window.permute(0, 1, 2, 4, 5, 6, 3).flatten(3).flatten(0, 2)
-        samples.append(tokens if keep is None else tokens[keep[b] if keep.ndim == 2 else keep])
-    x = torch.stack(samples).to(torch.float64 if exact else F32)
-    return x * 2 / 255 - 1 if video.dtype == U8 else x
+def fwd_reference(args, dtype):
+    """The reference in `dtype`, and in float64."""
+    video, *parameters, keep, crop, flip, size, patch = args
+    exact = [None if x is None else x.double() for x in parameters]
+    return (
+        tokenize_reference(*args, dtype),
+        tokenize_reference(video, *exact, keep, crop, flip, size, patch, torch.float64),
+    )
 
 
-def fwd_plain(video, weight, bias, pos, agg, keep, crop, flip, size, patch, dtype, exact):
-    """The formula in float64, or with products and sums in `dtype` as PyTorch has them."""
-    to = torch.float64 if exact else dtype
-    y = patches_of(video, keep, crop, flip, size, patch, exact).to(to) @ weight.to(to).T
-    if bias is not None:
-        y = y + bias.to(to)
-    if pos is not None:
-        y = y + (pos.to(torch.promote_types(to, pos.dtype)) if keep is None else pos[keep])
-    if agg is not None:
-        y = torch.cat([agg.to(y.dtype).expand(y.shape[0], 1, -1), y], 1)
-    return y
-
-
-def bwd_plain(grad, video, pos, agg, keep, crop, flip, size, patch, dtype, weight_dtype, exact):
-    """dweight, dbias, dpos, dagg."""
-    sums = torch.float64 if exact else F32
-    token_grad = grad[:, 1:] if agg else grad
-    x = patches_of(video, keep, crop, flip, size, patch, exact)
-    to = torch.float64 if exact else dtype
-    dweight = token_grad.flatten(0, 1).to(to).T @ x.flatten(0, 1).to(to)
-    dpos = torch.zeros(pos, grad.shape[2], dtype=sums)
-    token = torch.arange(pos) if keep is None else keep
-    dpos.index_add_(0, token.expand(token_grad.shape[:2]).flatten(), token_grad.flatten(0, 1).to(sums))
-    dagg = grad[:, 0].to(sums).sum(0) if agg else torch.empty(0)
-    return dweight.to(sums if exact else weight_dtype), token_grad.to(sums).sum((0, 1)), dpos, dagg
+def bwd_reference(grad, video, rest, dtype, weight_dtype, needs):
+    return (
+        tokenize_bwd_reference(grad, video, *rest, dtype, weight_dtype, needs),
+        tokenize_bwd_reference(grad.double(), video, *rest, torch.float64, torch.float64, needs),
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -132,22 +107,20 @@ def test_forward(case):
     args = build(case)
     with triton_interpreter.running(), triton_interpreter.guard_bands():
         actual = kernels.tokenize_fwd(*args, case["dtype"])
-    low, exact = (fwd_plain(*args, case["dtype"], exact) for exact in (False, True))
-    assert_within_budget(actual, low, exact, name="y")
+    assert_within_budget(actual, *fwd_reference(args, case["dtype"]), name="y")
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_backward(case):
-    video, weight, _, _, agg, keep, crop, flip, size, patch = build(case)
-    agg, dtype = agg is not None, case["dtype"]
-    tokens = kernels.Patches(video, keep, crop, flip, size, patch, agg).num_tokens
-    rows = agg + (tokens if keep is None else keep.shape[-1])
-    grad = randn(video.shape[0], rows, weight.shape[0], seed=9, dtype=case["pos"] or dtype)
-    rest = (keep, crop, flip, size, patch)
+    video, weight, _, _, agg, *rest = build(case)
+    rest.append(agg is not None)
+    grad = randn(
+        video.shape[0], kernels.Patches(video, *rest).rows, weight.shape[0], dtype=case["pos"] or case["dtype"]
+    )
+    args = (case["dtype"], weight.dtype, [True, True, True, agg is not None])
     with triton_interpreter.running(), triton_interpreter.guard_bands():
-        actual = kernels.tokenize_bwd(grad, video, *rest, agg, dtype, weight.dtype, [True, True, True, agg])
-    low, exact = (bwd_plain(grad, video, tokens, agg, *rest, dtype, weight.dtype, exact) for exact in (False, True))
-    for name, *triple in zip(("dweight", "dbias", "dpos", "dagg"), actual, low, exact):
+        actual = kernels.tokenize_bwd(grad, video, *rest, *args)
+    for name, *triple in zip(("dweight", "dbias", "dpos", "dagg"), actual, *bwd_reference(grad, video, rest, *args)):
         assert_within_budget(*triple, name=name)
 
 
@@ -158,13 +131,12 @@ LONG |= {"keep": "sample", "crop": False, "flip": False, "layout": "contiguous",
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("tiles", kernels.FWD_TILES, ids=str)
 def test_every_row_of_the_forward_table(tiles, flip, monkeypatch):
-    case = LONG | {"dtype": BF16 if tiles.half else F32, "flip": flip}
+    dtype = BF16 if tiles.half else F32
     monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
-    args = build(case)
+    args = build(LONG | {"flip": flip})
     with triton_interpreter.running(), triton_interpreter.guard_bands():
-        actual = kernels.tokenize_fwd(*args, case["dtype"])
-    low, exact = (fwd_plain(*args, case["dtype"], exact) for exact in (False, True))
-    assert_within_budget(actual, low, exact, name="y")
+        actual = kernels.tokenize_fwd(*args, dtype)
+    assert_within_budget(actual, *fwd_reference(args, dtype), name="y")
 
 
 @pytest.mark.parametrize("programs", [1, 264])
@@ -172,16 +144,17 @@ def test_every_row_of_the_forward_table(tiles, flip, monkeypatch):
 def test_every_row_of_the_backward_table(tiles, programs, monkeypatch):
     """With the sum over tokens in one piece, and in several."""
     dtype = BF16 if tiles.half else F32
-    video, weight, _, _, _, keep, crop, flip, size, patch = build(LONG)
+    video, weight, _, _, _, *rest = build(LONG)
+    rest.append(True)
     monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    grad = randn(2, 1 + keep.shape[1], weight.shape[0], dtype=dtype)
-    rest = (keep, crop, flip, size, patch)
+    grad = randn(2, kernels.Patches(video, *rest).rows, weight.shape[0], dtype=dtype)
+    args = (dtype, BF16, [True, False, False, False])
     with triton_interpreter.running(), triton_interpreter.guard_bands():
-        dweight, *others = kernels.tokenize_bwd(grad, video, *rest, True, dtype, BF16, [True, False, False, False])
+        dweight, *others = kernels.tokenize_bwd(grad, video, *rest, *args)
+    low, exact = bwd_reference(grad, video, rest, *args)
     assert [other.numel() for other in others] == [0, 0, 0]
-    low, exact = (bwd_plain(grad, video, 300, True, *rest, dtype, BF16, exact)[0] for exact in (False, True))
-    assert_within_budget(dweight, low, exact, name="dweight")
+    assert_within_budget(dweight, low[0], exact[0], name="dweight")
 
 
 def test_the_table_has_a_row_for_everything():
@@ -197,17 +170,14 @@ def test_the_table_has_a_row_for_everything():
 
 @pytest.mark.parametrize("needs", [[False] * 4, [False, True, False, False], [False, False, True, True]])
 def test_only_what_is_needed(needs):
-    video, weight, _, _, _, keep, crop, flip, size, patch = build(CASES[0] | {"keep": "twice", "shape": "odd"})
-    grad = randn(video.shape[0], 1 + keep.shape[1], weight.shape[0])
-    rest = (keep, crop, flip, size, patch)
+    video, weight, _, _, _, *rest = build(LONG | {"shape": "odd"})
+    rest.append(True)
+    grad = randn(2, kernels.Patches(video, *rest).rows, weight.shape[0])
     with triton_interpreter.running():
-        actual = kernels.tokenize_bwd(grad, video, *rest, True, F32, F32, needs)
-    low, exact = (bwd_plain(grad, video, 4, True, *rest, F32, F32, exact) for exact in (False, True))
-    for need, *triple in zip(needs, actual, low, exact):
-        if need:
-            assert_within_budget(*triple)
-        else:
-            assert triple[0].shape == (0,)
+        actual = kernels.tokenize_bwd(grad, video, *rest, F32, F32, needs)
+    assert [gradient.numel() > 0 for gradient in actual] == needs
+    for triple in zip(actual, *bwd_reference(grad, video, rest, F32, F32, needs)):
+        assert_within_budget(*triple)
 
 
 @pytest.mark.parametrize(("batch", "kept", "agg"), [(0, 3, True), (2, 0, False), (2, 0, True)])

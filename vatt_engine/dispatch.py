@@ -72,6 +72,18 @@ def native_missing(*, cuda: bool = False) -> str | None:
 
 
 @functools.cache
+def triton_missing() -> str | None:
+    """The reason Triton kernels cannot run on this machine, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); run `pip install triton`"
+    return None
+
+
+@functools.cache
 def _load(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const DropTokenPa
 // A block looks through all kept positions of a sample for those in its tile, then writes the tile's rows: no atomic
 // addition to the result, so that it is the same every time. Positions kept twice are rare, and slow.
 template <typename T, typename Unit>
-__global__ void __launch_bounds__(kThreads) scatter_rows_kernel(const DropTokenParams p) {
+__global__ void __launch_bounds__(kThreads, 4) scatter_rows_kernel(const DropTokenParams p) {
   __shared__ unsigned long long first[kTile];
   __shared__ unsigned int count[kTile];
   const int lane = threadIdx.x % kWarp;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) scatter_rows_kernel(const DropTokenP
 
 // One block per sample sorts the keys of all positions in shared memory (bitonic, `size` a power of two).
 __global__ void __launch_bounds__(1024) sample_keep_kernel(const SampleParams p, int size) {
-  extern __shared__ int64_t keys[];
+  int64_t* keys = reinterpret_cast<int64_t*>(dynamic_shared());
   const int64_t b = blockIdx.x;
   const uint64_t stream = sample_stream(p, b);
   for (int n = threadIdx.x; n < size; n += blockDim.x) keys[n] = n < p.tokens ? position_key(stream, n) : INT64_MAX;
@@ -122,9 +122,9 @@ void drop_token_fwd_cuda(const DropTokenParams& p, DType dtype, int device, void
   const DeviceGuard guard(device);
   VATT_DISPATCH_FLOAT(dtype, T, {
     const auto kernel = is_aligned<T>(p) ? gather_rows_kernel<T, uint4> : gather_rows_kernel<T, T>;
-    kernel<<<grid_size((p.batch * p.kept + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(kernel, grid_size((p.batch * p.kept + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(stream),
+           p);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 void drop_token_bwd_cuda(const DropTokenParams& p, DType dtype, int device, void* stream) {
@@ -132,20 +132,17 @@ void drop_token_bwd_cuda(const DropTokenParams& p, DType dtype, int device, void
   VATT_DISPATCH_FLOAT(dtype, T, {
     const auto kernel = is_aligned<T>(p) ? scatter_rows_kernel<T, uint4> : scatter_rows_kernel<T, T>;
     const int64_t tiles = (p.tokens + kTile - 1) / kTile;
-    kernel<<<grid_size(p.batch * tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+    launch(kernel, grid_size(p.batch * tiles), kThreads, 0, static_cast<cudaStream_t>(stream), p);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 void sample_keep_cuda(const SampleParams& p, int device, void* stream) {
   const DeviceGuard guard(device);
   int size = 2;
   while (size < p.tokens) size *= 2;
-  const int bytes = size * static_cast<int>(sizeof(int64_t));
-  CUDA_CHECK(cudaFuncSetAttribute(sample_keep_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int threads = std::clamp(size / 2, kWarp, 1024);
-  sample_keep_kernel<<<static_cast<unsigned>(p.batch), threads, bytes, static_cast<cudaStream_t>(stream)>>>(p, size);
-  CUDA_CHECK(cudaGetLastError());
+  launch(sample_keep_kernel, static_cast<unsigned>(p.batch), threads, size * sizeof(int64_t),
+         static_cast<cudaStream_t>(stream), p, size);
 }
 
 }  // namespace vatt

@@ -35,6 +35,14 @@ __device__ __forceinline__ uint64_t next_k(uint64_t descriptor) {
 
 #ifndef VATT_EMULATE
 
+// Barrier `id` of `threads` threads, some of which wait and some of which only arrive; __syncthreads is barrier 0.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Keeps the compiler from moving what it does with these registers across this point.
 template <int kCount>
 __device__ __forceinline__ void pin(float (&registers)[kCount]) {

@@ -154,6 +154,9 @@ void together_once(const char* name, const Body& body) {
 
 }  // namespace emulator
 
+inline void barrier_sync(int id, int threads) { emulator::barrier_sync(id, threads); }
+inline void barrier_arrive(int id, int threads) { emulator::barrier_arrive(id, threads); }
+
 template <int kCount>
 void wgmma_fence(float (&)[kCount]) {
   emulator::together_once("wgmma.fence", [] { emulator::warpgroup().fenced = true; });

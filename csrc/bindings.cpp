@@ -6,6 +6,7 @@
 namespace vatt {
 void bind_drop_token(pybind11::module_& m);
 void bind_tokenize(pybind11::module_& m);
+void bind_tokenize_device(pybind11::module_& m);
 }  // namespace vatt
 
 PYBIND11_MODULE(_C, m) {
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
   vatt::bind_drop_token(m);
   vatt::bind_tokenize(m);
+  vatt::bind_tokenize_device(m);
 }

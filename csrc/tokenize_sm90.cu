@@ -84,12 +84,10 @@ __device__ __forceinline__ void produce(int steps, unsigned char* tiles, const P
     for (int group = 0; group < 2; ++group) barrier_arrive(full(i, group), kProducers + kWarpgroup);
   };
   for (int i = 0; i < min(steps, 2); ++i) prepare(i);
-  barrier_sync(kProducersOnly, kProducers);
   if (steps > 0) fetch(0);
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     if (i + 2 < steps) prepare(i + 2);
-    barrier_sync(kProducersOnly, kProducers);
     if (i >= kStages) barrier_sync(empty(i), kProducers + kConsumers);
     copy(i);
     cp_async_commit();
@@ -222,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
         [&](int i) {  // other warps each time
           const int r = (static_cast<int>(threadIdx.x) + i * kDepth) % kProducers;
           if (r < kDepth) found[i % 4 * kDepth + r] = find_patch(params.rows, (first + i) * kDepth + r);
+          barrier_sync(kProducersOnly, kProducers);
         },
         [&](int i) {
 #pragma unroll 1

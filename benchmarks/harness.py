@@ -34,7 +34,13 @@ from vatt_engine.dispatch import use_impl
 from vatt_engine.testing import assert_within_budget, devices, impls_of, randn
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int64": torch.int64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+}
 
 Function = Callable[..., Any]  # (shape, **inputs) -> Tensor
 
@@ -79,7 +85,7 @@ class Bench:
         name: of its shapes (`SHAPES[name]`) and its results.
         stem: the op as `use_impl` calls it; None if there are only rivals.
         op: (shape, **inputs) -> Tensor, through the public function: runs once per implementation.
-        rivals: other ways to compute the same, by name; the first is the baseline that ratios refer to.
+        rivals: other ways to compute the same, by name; the first is the baseline, which without any is the reference.
         inputs: (shape, dtype, device) -> tensors by name; those that require grad are differentiated.
         exact: (shape, **inputs in float64) -> the right result.
         bytes_moved, flops: (shape, dtype, passes) -> what a pass needs at least.
@@ -119,9 +125,18 @@ class Bench:
         ours = [name for name, where in impls_of(self.stem) if where == device] if self.stem else []
         return dict.fromkeys(ours, self.op) | dict(self.rivals)
 
+    @property
+    def baseline(self) -> str:
+        """The provider that ratios refer to."""
+        return next(iter(self.rivals), "reference")
+
     def choose(self, name: str) -> AbstractContextManager[None]:
         """What must be entered around a call of this provider, its backward included."""
         return nullcontext() if name in self.rivals else use_impl(**{self.stem: name})
+
+    def refuses(self, name: str, error: Exception) -> bool:
+        """Whether this is how the dispatcher says that an implementation does not take these arguments."""
+        return str(error).startswith(f"{self.stem}: no implementation {name!r}")
 
 
 class _PreferredClock:
@@ -206,8 +221,7 @@ def check_values(bench: Bench, case: Case, given: dict[str, Any]) -> Checked:
                 assert_equal_or_within_budget(names, actual, low, exact)
             checked.calls[provider] = call
         except Exception as error:  # of whatever kind: it is told, and fails the test once the others are timed
-            refuses = f"{bench.stem}: no implementation {provider!r}"
-            fate = checked.refused if str(error).startswith(refuses) else checked.failed
+            fate = checked.refused if bench.refuses(provider, error) else checked.failed
             fate[provider] = f"{type(error).__name__}: {error}"
     return checked
 
@@ -297,7 +311,7 @@ def _times(bench: Bench, case: Case, calls: dict[str, Call], benchmark: Any, bud
 def _row(bench: Bench, case: Case, provider: str, commit: str | None) -> results.Row:
     sizes = asdict(SHAPES[case.op][case.device][case.shape])
     row = dict(zip(results.CASE, case)) | {"provider": provider, "ours": provider not in bench.rivals}
-    return row | {"baseline": next(iter(bench.rivals), None), "sizes": sizes, "stamp": machine.stamp(commit)}
+    return row | {"baseline": bench.baseline, "sizes": sizes, "stamp": machine.stamp(commit)}
 
 
 def _numbers(bench: Bench, case: Case, seconds: list[float]) -> results.Row:

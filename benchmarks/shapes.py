@@ -44,6 +44,7 @@ class DropToken:
     tokens: int
     kept: int
     dim: int = 768
+    per_sample: bool = False  # each sample keeps tokens of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Data:
     """Media files of `seconds`, and what the loader makes of them."""
 
     files: int
-    source: tuple[int, int]  # height and width of the files, in pixels
+    source: tuple[int, int]  # height and width of the files, in pixels, multiples of 8
     batch: int
     size: int
     fps: int
@@ -109,10 +110,11 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         },
         "cuda": {
             "video-64": DropToken(batch=64, tokens=1568, kept=784),
+            "video-64-each": DropToken(batch=64, tokens=1568, kept=784, per_sample=True),
             "audio-64": DropToken(batch=64, tokens=1200, kept=600),
         },
         "sanitizer": {
-            "ragged": DropToken(batch=3, tokens=37, kept=13, dim=67),
+            "ragged": DropToken(batch=3, tokens=37, kept=13, dim=67, per_sample=True),
             "one": DropToken(batch=1, tokens=1, kept=1, dim=1),
         },
     },
@@ -164,7 +166,7 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
             ),
             "base": Data(
                 files=16,
-                source=(256, 340),
+                source=(256, 336),
                 batch=8,
                 size=224,
                 fps=10,
@@ -176,3 +178,4 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         },
     },
 }
+SHAPES["sample_keep"] = SHAPES["drop_token"]

@@ -44,14 +44,19 @@ def test_says_what_it_is():
 
 
 def arguments():
-    """A valid call: two frames of 4x4 pixels, patches of 1x2x2, tokens 1 and 0."""
+    """A valid call: two frames of 4x4 pixels, patches of 1x2x2, tokens 1 and 0 after a row for AGG."""
     return {
         "video": torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8),
         "keep": torch.tensor([1, 0]),
-        "out": torch.zeros(1, 2, 12),
+        "crop": None,
+        "flip": None,
+        "out": torch.zeros(3, 12),
+        "size": [4, 4],
         "patch": [1, 2, 2],
+        "agg": True,
+        "row": 0,
+        "run": 0,
         "num_threads": 1,
-        "stream": 0,
     }
 
 
@@ -63,7 +68,8 @@ def call(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"video": torch.zeros(1, 2, 4, 4, 3)}, r"video must be uint8 \[B, T, H, W, C\], got"),
+        ({"video": torch.zeros(1, 2, 4, 4, 3).int()}, r"video must be uint8 or float \[B, T, H, W, C\], got"),
+        ({"video": torch.zeros(1, 2, 4, 4, 3).half()}, "video must be uint8 or float32"),
         ({"video": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, r"got shape \[2, 4, 4, 3\]"),
         (
             {"video": torch.zeros(1, 2, 4, 3, 4, dtype=torch.uint8).mT},
@@ -72,9 +78,15 @@ def call(**changes):
         ({"keep": torch.tensor([1.0, 0.0])}, r"keep must be int64 \[K\] or \[1, K\], got"),
         ({"keep": torch.tensor([[1], [0]])}, r"keep must be .*, got shape \[2, 1\]"),
         ({"keep": torch.tensor([1, 8])}, r"token numbers in \[0, 8\), got 8"),
-        ({"keep": None}, r"out must be .* \[1, 8, 12\], got shape \[1, 2, 12\]"),
-        ({"out": torch.zeros(1, 12, 2).mT}, "out must be contiguous"),
-        ({"out": torch.zeros(1, 2, 12, dtype=torch.float64)}, "out must be contiguous float32, bfloat16 or float16"),
+        ({"crop": torch.tensor([[0, 0, 0]])}, r"crop must be contiguous int64 \[1, 2\], got shape \[1, 3\]"),
+        ({"crop": torch.tensor([[0, 1]])}, r"crop must lie in \[0, 0\] x \[0, 0\], got \[0, 1\]"),
+        ({"flip": torch.tensor([True])}, r"flip must be contiguous uint8 \[1\], got"),
+        ({"size": [4, 5]}, r"size must lie within the frames of video .*, got \[4, 5\]"),
+        ({"row": 1}, r"out must lie within 3 rows of 2 runs, got shape \[3, 12\] from row 1, run 0"),
+        ({"run": 1}, r"out must lie within 3 rows of 2 runs, got shape \[3, 12\] from row 0, run 1"),
+        ({"out": torch.zeros(12, 3).mT}, "out must be contiguous"),
+        ({"out": torch.zeros(3, 12).half()}, "out must be contiguous float32 or bfloat16"),
+        ({"out": torch.zeros(3, 11)}, r"out must be contiguous .* \[rows, runs \* 6\], got shape \[3, 11\]"),
         ({"patch": [1, 0, 2]}, r"patch must be positive, got \[1, 0, 2\]"),
         ({"video": torch.zeros([1] * 9, dtype=torch.uint8)}, "at most 8 dimensions, got 9"),
     ],

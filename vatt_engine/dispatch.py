@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,25 @@ def native_missing(*, cuda: bool = False) -> str | None:
     if cuda and not native.has_cuda:
         return "the native module was built without CUDA"
     return None
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """The reason no Triton kernel can run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+@functools.cache
+def wgmma_missing() -> str | None:
+    """The reason no kernel for sm_90a alone can run, or None."""
+    if (reason := native_missing(cuda=True)) is not None:
+        return reason
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "the device is not of compute capability 9.0"
+    built = importlib.import_module("vatt_engine._C").cuda_archs
+    return None if "90a" in built.split(",") else f"the native module was built for {built}, without 90a"
 
 
 @functools.cache

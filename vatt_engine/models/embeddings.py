@@ -33,8 +33,10 @@ class VoxelPatch(nn.Module):
             raise ValueError(f"video must be [B, T, H, W, 3], got shape {tuple(video.shape)}.")
         return video, tuple(size // step for size, step in zip(video.shape[1:4], self.patch))
 
-    def forward(self, video: Tensor, keep: Tensor | None) -> Tensor:
-        return ops.tokenize_video(video, self.weight, self.bias, keep=keep, patch=self.patch)
+    def forward(
+        self, video: Tensor, keep: Tensor | None, pos: Tensor | None = None, agg: Tensor | None = None
+    ) -> Tensor:
+        return ops.tokenize_video(video, self.weight, self.bias, pos=pos, agg=agg, keep=keep, patch=self.patch)
 
 
 class WaveformPatch(nn.Module):
@@ -53,8 +55,10 @@ class WaveformPatch(nn.Module):
             raise ValueError(f"audio must be [B, L], got shape {tuple(wave.shape)}.")
         return wave, (wave.shape[1] // self.patch,)
 
-    def forward(self, wave: Tensor, keep: Tensor | None) -> Tensor:
-        return ops.tokenize_waveform(wave, self.weight, self.bias, keep=keep, patch=self.patch)
+    def forward(
+        self, wave: Tensor, keep: Tensor | None, pos: Tensor | None = None, agg: Tensor | None = None
+    ) -> Tensor:
+        return ops.tokenize_waveform(wave, self.weight, self.bias, pos=pos, agg=agg, keep=keep, patch=self.patch)
 
 
 class SpectrogramPatch(nn.Module):
@@ -75,14 +79,19 @@ class SpectrogramPatch(nn.Module):
             raise ValueError(f"audio must be [B, L] or [B, steps, {self.num_mels}], got shape {tuple(audio.shape)}.")
         return spectrogram, tuple(size // step for size, step in zip(spectrogram.shape[1:], self.patch))
 
-    def forward(self, spectrogram: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(
+        self, spectrogram: Tensor, keep: Tensor | None, pos: Tensor | None = None, agg: Tensor | None = None
+    ) -> Tensor:
         batch = spectrogram.shape[0]
         (steps, mels), (time, frequency) = self.patch, self.prepare(spectrogram)[1]
         patches = spectrogram[:, : time * steps, : frequency * mels].reshape(batch, time, steps, frequency, mels)
         patches = patches.transpose(2, 3).reshape(batch, time * frequency, steps * mels)
         if keep is not None:
             patches = ops.drop_token(patches, keep)
-        return F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+        tokens = F.linear(patches.to(self.weight.dtype), self.weight, self.bias)
+        if pos is not None:
+            tokens = tokens + (pos if keep is None else pos[keep])
+        return tokens if agg is None else prepend(agg, tokens)
 
 
 def _init_patch(weight: Tensor, volume: int, kind: PatchInit) -> None:
@@ -201,12 +210,14 @@ class PatchStem(nn.Module):
         """A raw signal -> [B, 1 + K, D], AGG at 0."""
         x, grid = self.patch.prepare(x)
         keep = self.sample_keep(torch.Size(grid).numel(), x, seed, sample_id)
-        tokens = self.patch(x, keep)
-        if self.pre_projection is not None:
-            tokens = F.gelu(self.pre_projection(tokens))
         position = self.position(grid)
-        tokens = self.dropout(tokens + (position if keep is None else position[keep]))
-        return prepend(self.agg, tokens)
+        drops_out = self.training and self.dropout.p > 0
+        if self.pre_projection is None and not drops_out:
+            return self.patch(x, keep, position, self.agg)
+        if self.pre_projection is None:
+            return prepend(self.agg, self.dropout(self.patch(x, keep, position, None)))
+        tokens = F.gelu(self.pre_projection(self.patch(x, keep, None, None)))
+        return prepend(self.agg, self.dropout(tokens + (position if keep is None else position[keep])))
 
 
 def prepend(agg: Tensor, tokens: Tensor) -> Tensor:

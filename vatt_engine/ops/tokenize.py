@@ -1,19 +1,20 @@
 """Tokens of raw video and raw waveforms: a linear projection of the patches that DropToken keeps.
 
-y[b, k] = weight @ patch(x[b], keep[k]) + bias,    uint8 pixels scaled to [-1, 1] by x * 2 / 255 - 1
+y[b, A + k] = weight @ patch(x[b], keep[b, k]) + bias + pos[keep[b, k]],    y[b, 0] = agg if it is given (A = 1)
 
-Only kept patches are read. A waveform is a video of one pixel, so that both share one extraction op.
+Only kept patches are read, uint8 pixels scaled to [-1, 1] by x * 2 / 255 - 1 on the way. A waveform is a video of one
+row of pixels, so that both share one op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vatt_engine.dispatch import Impl, define_op, native_missing
+from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing, wgmma_missing
+from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference, video_bwd_reference
 
 
 def tokenize_video(
@@ -21,229 +22,288 @@ def tokenize_video(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    pos: Tensor | None = None,
+    agg: Tensor | None = None,
     keep: Tensor | None = None,
     patch: tuple[int, int, int] = (4, 16, 16),
+    size: tuple[int, int] | None = None,
+    crop: Tensor | None = None,
+    flip: Tensor | None = None,
 ) -> Tensor:
-    """Project the kept voxel patches of a video, y[b, k] = weight @ patch(video[b], keep[b, k]) + bias.
+    """Project the kept voxel patches of a video and place them: the sum above, from pixels to tokens in one op.
 
-    The tokens number t * h * w (h, w: frame size over patch size) in the order time, then vertical, then horizontal;
-    frames, rows and columns that do not fill a patch are ignored (VALID). Elements of a patch are ordered (t, y, x, c),
-    as the TF kernel [t, h, w, c, D] flattens to.
+    The N tokens (T over t times H' over h times W' over w) are numbered in the order time, then vertical, then
+    horizontal; frames, rows and columns that do not fill a patch are ignored (VALID). Elements of a patch are ordered
+    (t, y, x, c), as the TF kernel [t, h, w, c, D] flattens to. The product runs in weight's dtype, or in autocast's.
 
     Args:
         video: [B, T, H, W, C]; uint8 (0..255) is scaled to [-1, 1], float is used as it is.
-        weight: [D, t*h*w*C]; its dtype is the output's, unless autocast chooses another.
+        weight: [D, t*h*w*C].
         bias: [D] or None.
+        pos: [N, D], one position embedding for every token of the grid, or None.
+        agg: [D], written as row 0 of every sample, or None.
         keep: int64 token numbers, [K] for all samples or [B, K] per sample; None keeps all.
         patch: (t, h, w), in frames and pixels.
+        size: (H', W'), the window of each frame that is cut into patches, in pixels; None takes the whole frame.
+        crop: int64 [B, 2], vertical and horizontal pixel at which each sample's window starts; None starts at (0, 0).
+        flip: bool [B], which samples' windows are mirrored left to right; None mirrors none.
 
     Returns:
-        [B, K, D], differentiable in weight, bias and float video.
+        [B, K (+ 1 with agg), D] in the dtype of the product, or what that and pos promote to; differentiable in weight,
+        bias, pos, agg and float video.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, the video is smaller than a patch, or (on the CPU) a token
-            number lies outside the grid.
+        ValueError: shapes, dtypes or devices do not fit, the window is smaller than a patch, or (on the CPU; a GPU
+            kernel stops the run) a token number lies outside the grid or a window outside the frame.
 
     Source: paper section 3.1; official vatt/modeling/backbones/video/vitx3d.py (Conv3D, VALID).
-    Implementations of the extraction: cpp (uint8), reference (plain PyTorch), cuda (uint8, unmeasured).
+    Implementations: cpp (CPU), reference (plain PyTorch); on GPUs and unmeasured: triton, cuda (sm_80 and newer), wgmma
+    (sm_90a).
 
     >>> video = torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
-    >>> tokenize_video(video, torch.ones(2, 3072), keep=torch.tensor([5, 0])).shape
-    torch.Size([1, 2, 2])
+    >>> tokenize_video(video, torch.ones(2, 3072), agg=torch.zeros(2), keep=torch.tensor([5, 0]))[0, :, 0].tolist()
+    [0.0, -3072.0, -3072.0]
     """
+    where = "tokenize_video"
     if video.ndim != 5:
-        raise ValueError(f"tokenize_video: video must be [B, T, H, W, C], got shape {tuple(video.shape)}.")
-    if len(patch) != 3 or min(patch) < 1:
-        raise ValueError(f"tokenize_video: patch must be three positive sizes (t, h, w), got {tuple(patch)}.")
-    if any(size < step for size, step in zip(video.shape[1:4], patch)):
-        raise ValueError(
-            f"tokenize_video: video must hold at least one patch {tuple(patch)}, got [T, H, W] "
-            f"{tuple(video.shape[1:4])}."
-        )
+        raise ValueError(f"{where}: video must be [B, T, H, W, C], got shape {tuple(video.shape)}.")
     if video.dtype != torch.uint8 and not video.is_floating_point():
-        raise ValueError(f"tokenize_video: video must be uint8 or float, got {video.dtype}.")
-    _check("tokenize_video", "video", video, weight, bias, keep, patch[0] * patch[1] * patch[2] * video.shape[4])
-    return _project(video, weight, bias, keep, patch)
+        raise ValueError(f"{where}: video must be uint8 or float, got {video.dtype}.")
+    if len(patch) != 3 or min(patch) < 1:
+        raise ValueError(f"{where}: patch must be three positive sizes (t, h, w), got {tuple(patch)}.")
+    size = _check_window(where, video, size, crop, flip)
+    if any(have < step for have, step in zip((video.shape[1], *size), patch)):
+        raise ValueError(
+            f"{where}: video must hold at least one patch {tuple(patch)}, got [T, H, W] {(video.shape[1], *size)}."
+        )
+    return _tokenize(where, video, weight, bias, pos, agg, keep, crop, flip, size, patch)
 
 
 def tokenize_waveform(
-    wave: Tensor, weight: Tensor, bias: Tensor | None = None, *, keep: Tensor | None = None, patch: int = 128
+    wave: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos: Tensor | None = None,
+    agg: Tensor | None = None,
+    keep: Tensor | None = None,
+    patch: int = 128,
 ) -> Tensor:
-    """Project the kept patches of a waveform, y[b, k] = weight @ wave[b, keep[b, k] * patch : ... + patch] + bias.
+    """Project the kept patches of a waveform, y[b, k] = weight @ wave[b, patch * keep[b, k] : ...] + bias + pos.
 
     Args:
-        wave: [B, L], float, used as it is; samples that do not fill a patch are ignored (VALID).
-        weight: [D, patch]; its dtype is the output's, unless autocast chooses another.
+        wave: [B, L], float, used as it is; samples that do not fill one of the N = L over patch patches are ignored.
+        weight: [D, patch]; the product runs in its dtype, or in autocast's.
         bias: [D] or None.
+        pos: [N, D], one position embedding for every patch, or None.
+        agg: [D], written as row 0 of every sample, or None.
         keep: int64 token numbers, [K] for all samples or [B, K] per sample; None keeps all.
         patch: samples per token.
 
     Returns:
-        [B, K, D], differentiable in wave, weight and bias.
+        [B, K (+ 1 with agg), D], as `tokenize_video`; differentiable in wave, weight, bias, pos and agg.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, the waveform is shorter than a patch, or (on the CPU) a token
             number lies outside the grid.
 
     Source: paper section 3.1; official vatt/modeling/backbones/audio/autx1d.py (Conv1D, VALID).
-    Implementations of the extraction: reference (plain PyTorch).
+    Implementations: those of `tokenize_video`.
 
     >>> tokenize_waveform(torch.ones(1, 300), torch.ones(2, 128))[0, 1].tolist()
     [128.0, 128.0]
     """
+    where = "tokenize_waveform"
     if wave.ndim != 2 or not wave.is_floating_point():
-        raise ValueError(f"tokenize_waveform: wave must be float [B, L], got {wave.dtype} {list(wave.shape)}.")
+        raise ValueError(f"{where}: wave must be float [B, L], got {wave.dtype} {list(wave.shape)}.")
     if patch < 1:
-        raise ValueError(f"tokenize_waveform: patch must be positive, got {patch}.")
+        raise ValueError(f"{where}: patch must be positive, got {patch}.")
     if wave.shape[1] < patch:
-        raise ValueError(f"tokenize_waveform: wave must hold at least {patch} samples, got {wave.shape[1]}.")
-    _check("tokenize_waveform", "wave", wave, weight, bias, keep, patch)
-    return _project(wave[:, :, None, None, None], weight, bias, keep, (patch, 1, 1))
+        raise ValueError(f"{where}: wave must hold at least {patch} samples, got {wave.shape[1]}.")
+    video, size = wave[:, None, None, :, None], (1, wave.shape[1])
+    return _tokenize(where, video, weight, bias, pos, agg, keep, None, None, size, (1, 1, patch))
 
 
-def patches_reference(video: Tensor, keep: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The meaning of the extraction: cut the grid, take the kept patches, scale. [B, K, t*h*w*C] of `dtype`."""
-    cells = _cut(video, patch)
-    if keep is None:
-        patches = cells.flatten(1, 3)
-    else:
-        _check_token_numbers(keep, cells.shape[1] * cells.shape[2] * cells.shape[3])
-        patches = cells[_cell_index(keep, cells)]
-    patches = patches.flatten(2)
-    if video.dtype == torch.uint8:
-        patches = patches.to(torch.promote_types(dtype, torch.float32)) * 2 / 255 - 1
-    # All patches of a waveform lie in its memory as they are; an op's output must have its own.
-    own = patches.untyped_storage().data_ptr() != video.untyped_storage().data_ptr()
-    return patches.to(dtype, copy=not own)
-
-
-def patches_bwd_reference(
-    grad: Tensor, keep: Tensor | None, patch: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+def _tokenize(
+    where: str,
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    agg: Tensor | None,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
 ) -> Tensor:
-    """The gradient of float video: every patch back to its place, zero where nothing was read."""
-    video_grad = grad.new_zeros(shape, dtype=dtype)
-    cells = _cut(video_grad, patch)
-    size = cells.shape[4:]
-    grad = grad.to(dtype).unflatten(2, size)
-    if keep is None:
-        cells.copy_(grad.unflatten(1, cells.shape[1:4]))
-    else:
-        cells.index_put_(_cell_index(keep, cells), grad, accumulate=True)
-    return video_grad
+    _check_parameters(where, video, weight, bias, pos, agg, size, patch)
+    batch = video.shape[0]
+    if keep is not None and keep.dtype != torch.int64:
+        raise ValueError(f"{where}: keep must be int64, got {keep.dtype}.")
+    if keep is not None and (keep.ndim not in (1, 2) or (keep.ndim == 2 and keep.shape[0] != batch)):
+        raise ValueError(f"{where}: keep must be [K] or [{batch}, K], got shape {tuple(keep.shape)}.")
+    others = {"weight": weight, "bias": bias, "pos": pos, "agg": agg, "keep": keep, "crop": crop, "flip": flip}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != video.device:
+            raise ValueError(f"{where}: {name} must be on {video.device} like the input, got {tensor.device}.")
+    dtype = weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(video.device.type):
+        dtype = torch.get_autocast_dtype(video.device.type)
+    return _Tokenize.apply(video, weight, bias, pos, agg, keep, crop, flip, list(size), list(patch), dtype)
 
 
-def _cut(video: Tensor, patch: Sequence[int]) -> Tensor:
-    """A view of [B, T, H, W, C] as [B, grid_t, grid_h, grid_w, t, h, w, C]; what fills no patch is left out."""
-    for axis, size in zip((1, 3, 5), patch):
-        count = video.shape[axis] // size
-        video = video.narrow(axis, 0, count * size).unflatten(axis, (count, size))
-    return video.permute(0, 1, 3, 5, 2, 4, 6, 7)
-
-
-def _cell_index(keep: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
-    """Indices into the first four axes of `cells` that pick the kept tokens of every sample, each [B, K]."""
-    batch, _, rows, columns = cells.shape[:4]
-    sample = torch.arange(batch, device=keep.device)[:, None]
-    row = torch.div(keep, columns, rounding_mode="floor")
-    return sample, torch.div(row, rows, rounding_mode="floor"), row % rows, keep % columns
-
-
-def _check_token_numbers(keep: Tensor, num_tokens: int) -> None:
-    """On a GPU this would need a synchronisation: there the index kernel's own bound check stops the run."""
-    if keep.is_cpu and keep.numel():
-        low, high = (int(bound) for bound in keep.aminmax())
-        if low < 0 or high >= num_tokens:
-            wrong = low if low < 0 else high
-            raise ValueError(f"tokenize: keep must hold token numbers in [0, {num_tokens}), got {wrong}.")
-
-
-def _check(
-    where: str, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, patch_size: int
+def _check_parameters(
+    where: str,
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    agg: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
 ) -> None:
-    if weight.ndim != 2 or weight.shape[1] != patch_size or not weight.is_floating_point():
+    volume = patch[0] * patch[1] * patch[2] * video.shape[4]
+    if weight.ndim != 2 or weight.shape[1] != volume or not weight.is_floating_point():
         raise ValueError(
-            f"{where}: weight must be float [D, {patch_size}], got {weight.dtype} {list(weight.shape)}. "
+            f"{where}: weight must be float [D, {volume}], got {weight.dtype} {list(weight.shape)}. "
             "The second size is that of a flattened patch."
         )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"{where}: bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}."
-        )
-    if keep is not None:
-        if keep.dtype != torch.int64:
-            raise ValueError(f"{where}: keep must be int64, got {keep.dtype}.")
-        if keep.ndim not in (1, 2) or (keep.ndim == 2 and keep.shape[0] != x.shape[0]):
-            raise ValueError(f"{where}: keep must be [K] or [{x.shape[0]}, K], got shape {tuple(keep.shape)}.")
-    for other, tensor in {"weight": weight, "bias": bias, "keep": keep}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{where}: {other} must be on the device of {name}, {x.device}, got {tensor.device}.")
+    dim, num_tokens = weight.shape[0], _num_tokens(video.shape[1], size, patch)
+    for name, tensor, shape in (("bias", bias, (dim,)), ("pos", pos, (num_tokens, dim)), ("agg", agg, (dim,))):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
+            raise ValueError(f"{where}: {name} must be float {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor | None, patch: Sequence[int]) -> Tensor:
-    dtype = weight.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)  # what F.linear would cast to, without the copy between
-    patches = _Patches.apply(x, keep, list(patch), dtype)
-    return F.linear(patches, weight, bias)
+def _check_window(
+    where: str, video: Tensor, size: Sequence[int] | None, crop: Tensor | None, flip: Tensor | None
+) -> tuple[int, int]:
+    height, width = video.shape[2:4]
+    if size is None:
+        size = (height, width)
+    if len(size) != 2 or not (0 < size[0] <= height and 0 < size[1] <= width):
+        raise ValueError(f"{where}: size must lie within the frame {(height, width)}, got {tuple(size)}.")
+    batch = video.shape[0]
+    if crop is not None and (crop.dtype != torch.int64 or crop.shape != (batch, 2)):
+        raise ValueError(f"{where}: crop must be int64 [{batch}, 2], got {crop.dtype} {list(crop.shape)}.")
+    if flip is not None and (flip.dtype != torch.bool or flip.shape != (batch,)):
+        raise ValueError(f"{where}: flip must be bool [{batch}], got {flip.dtype} {list(flip.shape)}.")
+    return size[0], size[1]
 
 
-def _patches_native(video: Tensor, keep: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    from torch.utils.dlpack import to_dlpack
-
-    from vatt_engine import _C
-
-    out = _patches_fake(video, keep, patch, dtype)
-    stream = torch.cuda.current_stream(video.device).cuda_stream if video.is_cuda else 0
-    kept = None if keep is None else to_dlpack(keep)
-    _C.tokenize_patches(to_dlpack(video), kept, to_dlpack(out), list(patch), torch.get_num_threads(), stream)
-    return out
+def _num_tokens(frames: int, size: Sequence[int], patch: Sequence[int]) -> int:
+    return (frames // patch[0]) * (size[0] // patch[1]) * (size[1] // patch[2])
 
 
-def _native_refuses(video: Tensor, keep: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> str | None:
-    if video.dtype != torch.uint8:
-        return f"reads uint8 video, got {video.dtype}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"writes float32, bfloat16 or float16, got {dtype}"
+def _fwd_fake(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    agg: Tensor | None,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    kept = _num_tokens(video.shape[1], size, patch) if keep is None else keep.shape[-1]
+    out_dtype = dtype if pos is None else torch.promote_types(dtype, pos.dtype)
+    return video.new_empty(video.shape[0], kept + (agg is not None), weight.shape[0], dtype=out_dtype)
+
+
+def _bwd_fake(
+    grad: Tensor,
+    video: Tensor,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    agg: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dim, volume = grad.shape[2], patch[0] * patch[1] * patch[2] * video.shape[4]
+    shapes = [(dim, volume), (dim,), (_num_tokens(video.shape[1], size, patch), dim), (dim,)]
+    sums = torch.promote_types(grad.dtype, torch.float32)
+    dtypes = [weight_dtype, sums, sums, sums]
+    return tuple(grad.new_empty(s if need else (0,), dtype=d) for s, d, need in zip(shapes, dtypes, needs))
+
+
+def _refuses(video: Tensor, patch: Sequence[int], dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
+    """What every native and Triton implementation asks of its input."""
+    if dtype not in dtypes:
+        return f"multiplies {', '.join(map(str, dtypes))}, got {dtype}"
+    if video.dtype == torch.float64:
+        return "reads uint8 or float of at most 32 bits, got torch.float64"
     _, _, _, width, channels = video.shape
     if (channels > 1 and video.stride(4) != 1) or (width > 1 and video.stride(3) != channels):
         return f"reads rows [W, C] without gaps, got strides {video.stride()[3:]}"
+    span = (patch[0] - 1) * video.stride(1) + (patch[1] - 1) * video.stride(2) + patch[2] * channels
+    if span >= 2**31:
+        return f"counts the elements that a patch spans in 32 bits, got {span}"
     return None
 
 
-def _patches_fake(video: Tensor, keep: Tensor | None, patch: Sequence[int], dtype: torch.dtype) -> Tensor:
-    batch, frames, height, width, channels = video.shape
-    t, h, w = patch
-    kept = (frames // t) * (height // h) * (width // w) if keep is None else keep.shape[-1]
-    return video.new_empty(batch, kept, t * h * w * channels, dtype=dtype)
-
-
-_patches_fwd = define_op(
-    "tokenize",
-    "patches_fwd(Tensor video, Tensor? keep, int[] patch, ScalarType dtype) -> Tensor",
-    fake=_patches_fake,
-    impls=[
-        Impl("cpp", "cpu", _patches_native, missing=native_missing, refuses=_native_refuses),
-        Impl("reference", "any", patches_reference),
+def _impls(pass_: str, refuses: Callable[[Sequence[torch.dtype]], Callable[..., str | None]]) -> list[Impl]:
+    """The table of both passes; on a GPU nothing but the reference has been timed."""
+    low = (torch.bfloat16, torch.float16)
+    every = (torch.float32, *low)
+    native, cuda = "vatt_engine.ops.tokenize_native", lambda: native_missing(cuda=True)
+    reference = tokenize_reference if pass_ == "fwd" else tokenize_bwd_reference
+    return [
+        Impl("cpp", "cpu", f"{native}:{pass_}_cpp", missing=native_missing, refuses=refuses(every)),
+        Impl("reference", "any", reference),
         Impl(
+            "triton",
             "cuda",
-            "cuda",
-            _patches_native,
-            missing=lambda: native_missing(cuda=True),
-            refuses=_native_refuses,
+            f"vatt_engine.kernels.tokenize:tokenize_{pass_}",
+            missing=triton_missing,
+            refuses=refuses(every),
             unmeasured=True,
         ),
-    ],
+        Impl("cuda", "cuda", f"{native}:{pass_}_mma", missing=cuda, refuses=refuses(every), unmeasured=True),
+        Impl("wgmma", "cuda", f"{native}:{pass_}_wgmma", missing=wgmma_missing, refuses=refuses(low), unmeasured=True),
+    ]
+
+
+_fwd = define_op(
+    "tokenize",
+    "tokenize_fwd(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor? agg, Tensor? keep, Tensor? crop, "
+    "Tensor? flip, SymInt[] size, int[] patch, ScalarType dtype) -> Tensor",
+    fake=_fwd_fake,
+    impls=_impls("fwd", lambda dtypes: lambda *args: _refuses(args[0], args[9], args[10], dtypes)),
+)
+_bwd = define_op(
+    "tokenize",
+    "tokenize_bwd(Tensor grad, Tensor video, Tensor? keep, Tensor? crop, Tensor? flip, SymInt[] size, int[] patch, "
+    "bool agg, ScalarType dtype, ScalarType weight_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    impls=_impls("bwd", lambda dtypes: lambda *args: _refuses(args[1], args[6], args[8], dtypes)),
 )
 
 
-class _Patches(torch.autograd.Function):
+class _Tokenize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, video: Tensor, keep: Tensor | None, patch: list[int], dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.patch, ctx.shape, ctx.dtype = patch, video.shape, video.dtype
-        return _patches_fwd(video, keep, patch, dtype)
+    def forward(ctx, video, weight, bias, pos, agg, keep, crop, flip, size, patch, dtype):
+        ctx.save_for_backward(video, weight, keep, crop, flip)
+        ctx.geometry, ctx.dtype, ctx.agg = (size, patch), dtype, agg is not None
+        ctx.dtypes = [None if x is None else x.dtype for x in (bias, pos, agg)]
+        return _fwd(video, weight, bias, pos, agg, keep, crop, flip, size, patch, dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (keep,) = ctx.saved_tensors
-        return patches_bwd_reference(grad, keep, ctx.patch, ctx.shape, ctx.dtype), None, None, None
+    def backward(ctx, grad):
+        video, weight, keep, crop, flip = ctx.saved_tensors
+        where = (keep, crop, flip, *ctx.geometry)
+        needs = list(ctx.needs_input_grad[1:5])
+        dvideo, sums = None, [None] * 4
+        if any(needs):
+            sums = _bwd(grad.contiguous(), video, *where, ctx.agg, ctx.dtype, weight.dtype, needs)
+            sums = [x.to(dtype) if need else None for x, dtype, need in zip(sums, (weight.dtype, *ctx.dtypes), needs)]
+        if ctx.needs_input_grad[0]:
+            dvideo = video_bwd_reference(grad[:, int(ctx.agg) :], weight.to(ctx.dtype), video.shape, *where)
+            dvideo = dvideo.to(video.dtype)
+        return dvideo, *sums, None, None, None, None, None, None

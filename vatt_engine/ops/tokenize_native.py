@@ -1,0 +1,165 @@
+"""Launchers of tokenize's native code: the library's matrix product over pieces on a CPU, one kernel on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+PIECE_BYTES = 3 << 20  # of the patch matrix, on a CPU
+
+
+def fwd_cpp(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    agg: Tensor | None,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """A piece of rows at a time: they start as bias + pos, or agg, and their patches times the weight are added."""
+    dim, product = weight.shape[0], _product_dtype(dtype)
+    patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg is not None, product)
+    out_dtype = dtype if pos is None else torch.promote_types(dtype, pos.dtype)
+    sum_dtype = torch.float32 if product == torch.float32 else out_dtype  # in float32, rounded once, at the end
+    out = weight.new_empty(patches.num_rows, dim, dtype=out_dtype)
+    kernel = weight.to(product).T
+
+    step = max(1, PIECE_BYTES // (patches.num_columns * product.itemsize))
+    for first in range(0, patches.num_rows, step):
+        rows = out[first : first + step]
+        total = rows if out_dtype == sum_dtype else torch.empty_like(rows, dtype=sum_dtype)
+        piece = patches.rows(first, len(rows))  # checks the token numbers
+        _start_rows(total, bias, pos, agg, patches, first)
+        if product == sum_dtype:
+            total.addmm_(piece, kernel)
+        else:
+            total.add_(piece @ kernel)
+        if total is not rows:
+            rows.copy_(total)
+    return out.view(video.shape[0], patches.rows_per_sample, dim)
+
+
+def bwd_cpp(
+    grad: Tensor,
+    video: Tensor,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    agg: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dweight by pieces of columns, so that no sum over tokens is taken in steps; the others are sums of rows."""
+    dim, product = grad.shape[2], _product_dtype(dtype)
+    patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg, product)
+    dweight = grad.new_empty(dim if needs[0] else 0, patches.num_columns, dtype=weight_dtype)
+    if needs[0]:
+        transposed = grad.view(-1, dim).to(product).T
+        step = max(1, PIECE_BYTES // max(1, patches.num_rows * patches.run_size * product.itemsize))
+        for run in range(0, patches.num_runs, step):
+            piece = patches.columns(run, min(step, patches.num_runs - run))
+            dweight[:, run * patches.run_size :][:, : piece.shape[1]] = transposed @ piece
+    dbias, dpos = _token_sums(grad, keep, agg, patches, needs)
+    dagg = grad[:, 0].sum(0, dtype=torch.float32) if needs[3] else grad.new_empty(0, dtype=torch.float32)
+    return dweight if needs[0] else dweight.flatten(), dbias, dpos, dagg
+
+
+def _start_rows(
+    rows: Tensor, bias: Tensor | None, pos: Tensor | None, agg: Tensor | None, patches: _PatchMatrix, first: int
+) -> None:
+    """What the product is added to: bias + pos, and agg in the first row of a sample."""
+    if pos is None:
+        rows.zero_()
+    else:
+        rows.copy_(pos[patches.token_of_row[first : first + len(rows)]])
+    if bias is not None:
+        rows += bias
+    if agg is not None:
+        rows[-first % patches.rows_per_sample :: patches.rows_per_sample] = agg.to(rows.dtype)
+
+
+def _token_sums(
+    grad: Tensor, keep: Tensor | None, agg: bool, patches: _PatchMatrix, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dbias [D] and dpos [N, D], in float32, empty where not needed."""
+    dbias = dpos = grad.new_empty(0, dtype=torch.float32)
+    if needs[2] and keep is not None and keep.ndim == 2:
+        rows = grad[:, int(agg) :].flatten(0, 1).float()
+        dpos = torch.zeros(patches.num_tokens, rows.shape[1])
+        dpos.scatter_add_(0, keep.flatten()[:, None].expand_as(rows), rows)
+        return dpos.sum(0) if needs[1] else dbias, dpos
+    if needs[1] or needs[2]:
+        over_samples = grad[:, int(agg) :].sum(0, dtype=torch.float32)
+        dbias = over_samples.sum(0) if needs[1] else dbias
+        if needs[2]:
+            dpos = over_samples
+            if keep is not None:
+                dpos = torch.zeros(patches.num_tokens, grad.shape[2]).index_add_(0, keep, over_samples)
+    return dbias, dpos
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix product: without AMX the library multiplies bfloat16 and float16 slower than float32."""
+    return dtype if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+class _PatchMatrix:
+    """The patch matrix [B * (K + agg), t*h*w*C] of a call, whose rows or columns can be had; AGG's rows are zero."""
+
+    def __init__(
+        self,
+        video: Tensor,
+        keep: Tensor | None,
+        crop: Tensor | None,
+        flip: Tensor | None,
+        size: Sequence[int],
+        patch: Sequence[int],
+        agg: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        from vatt_engine import _C
+
+        video = video if video.dtype == torch.uint8 else video.float()
+        crop = None if crop is None else crop.contiguous()
+        flip = None if flip is None else flip.contiguous().view(torch.uint8)
+        self._write = _C.tokenize_patches
+        self._tensors = (video, keep, crop, flip)
+        self._geometry = (list(size), list(patch), agg)
+        self._dtype = dtype
+        self._buffer = torch.empty(0, dtype=dtype)  # of one piece; the next overwrites it
+        self.num_tokens = (video.shape[1] // patch[0]) * (size[0] // patch[1]) * (size[1] // patch[2])
+        self.num_runs, self.run_size = patch[0] * patch[1], patch[2] * video.shape[4]
+        self.num_columns = self.num_runs * self.run_size
+        kept = torch.arange(self.num_tokens) if keep is None else keep
+        rows = kept.expand(video.shape[0], kept.shape[-1])
+        if agg:
+            rows = torch.cat([rows.new_zeros(len(rows), 1), rows], dim=1)
+        self.rows_per_sample = rows.shape[1]
+        self.num_rows = rows.numel()
+        self.token_of_row = rows.flatten()  # 0 in AGG's rows
+
+    def rows(self, first: int, count: int) -> Tensor:
+        return self._piece(first, count, 0, self.num_runs)
+
+    def columns(self, first_run: int, num_runs: int) -> Tensor:
+        return self._piece(0, self.num_rows, first_run, num_runs)
+
+    def _piece(self, row: int, num_rows: int, run: int, num_runs: int) -> Tensor:
+        columns = num_runs * self.run_size
+        if self._buffer.numel() < num_rows * columns:
+            self._buffer = torch.empty(num_rows * columns, dtype=self._dtype)
+        out = self._buffer[: num_rows * columns].view(num_rows, columns)
+        tensors = [None if tensor is None else to_dlpack(tensor) for tensor in self._tensors]
+        self._write(*tensors, to_dlpack(out), *self._geometry, row, run, torch.get_num_threads())
+        return out

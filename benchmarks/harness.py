@@ -13,6 +13,7 @@ For each (shape, dtype, pass, device), one pytest test:
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import shutil
@@ -162,7 +163,12 @@ def compiled(name: str, function: Function) -> dict[str, Function]:
     """`function` under torch.compile as a rival of that name, or none where there is no C++ compiler for it."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return {}
-    return {name: torch.compile(function, fullgraph=True, dynamic=False)}
+
+    @functools.cache
+    def once() -> Function:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return {name: lambda shape, **given: once()(shape, **given)}
 
 
 def one_pass(function: Function, shape: Any, given: dict[str, Any], passes: str) -> Call:
@@ -260,6 +266,7 @@ def measure(bench: Bench, case: Case, benchmark: Any, options: Options) -> list[
     if time.monotonic() > options.stop_at:
         pytest.skip("no time left: run again")
     torch.compiler.reset()  # a compiled rival would give up after eight shapes
+    torch.cuda.empty_cache()
     shape = SHAPES[case.op][case.device][case.shape]
     given = bench.inputs(shape, DTYPES[case.dtype], case.device)
     checked = (bench.check or check_values)(bench, case, given)

@@ -55,7 +55,7 @@ def table_of(rows: list[Row]) -> str:
         for row in case:
             cells = [column(row, base) for column in COLUMNS.values()]
             metrics = row.get("metrics", {})
-            lines.append(cells + [f"{metrics[name]:.4g}" if _has(metrics, name) else "" for name in extra])
+            lines.append(cells + [_number(metrics[name]) if _has(metrics, name) else "" for name in extra])
     titles = [*COLUMNS, *extra]
     used = [i for i in range(len(titles)) if any(line[i] for line in lines)]
     return aligned([titles[i] for i in used], [[line[i] for i in used] for line in lines])
@@ -131,8 +131,13 @@ def _duration(row: Row) -> str:
     return f"{median} {unit} ({low}-{high})"
 
 
+def _number(value: float) -> str:
+    """Four digits, and never an exponent where the number is large."""
+    return f"{value:.0f}" if value >= 1e4 else f"{value:.4g}"
+
+
 def _rate(row: Row, what: str, unit: float) -> str:
-    return f"{row[what] / row['seconds'] / unit:.4g}" if row.get(what) and "seconds" in row else ""
+    return _number(row[what] / row["seconds"] / unit) if row.get(what) and "seconds" in row else ""
 
 
 def render(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from vatt_engine.testing import randn
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # bf16: autocast, weights and optimizer in float32
 DROPOUT_DRAWS = 5
+STATE_BYTES = 12  # per parameter, float32: weight and two moments
 ADAM_BYTES = 28  # per parameter, float32: weight, gradient and two moments read, all but the gradient written
 
 
@@ -120,7 +121,8 @@ def num_parameters(model):
 
 def metrics(shape, dtype, seconds):
     peak = machine.datasheet_rate(dtype) if torch.cuda.is_available() else None
-    found = {"samples/s": shape.batch / seconds}
+    # What a call takes on top does not hold weights and moments, which are there before it.
+    found = {"samples/s": shape.batch / seconds, "state MiB": STATE_BYTES * num_parameters(shape.model) / 2**20}
     return found | ({"% MFU": 100 * flops(shape, dtype, "step") / seconds / peak} if peak else {})
 
 

@@ -1,13 +1,14 @@
 """`make gpu`: all that needs a GPU, in parts that each fit into nine minutes, on a machine without a network.
 
-test  builds in place; the GPU tests of every op; compute-sanitizer, where there is one, over every GPU kernel; then the
-      other tests of the ops
+test  the GPU tests of every op; compute-sanitizer, where there is one, over every GPU kernel; then the other tests of
+      the ops and of the native module
 ops   benchmarks of every op
 step  whole training steps
 data  the loader
 
-What has been done on these very sources is left out, so the same command goes on where the last one stopped. Rows are
-added to <results>/<machine>/<bench>.jsonl, what was printed to <part>.log beside them.
+Each call builds in place first. What has been done on these very sources is left out, also if only benchmarks/results
+holds it, so the same command goes on where the last one stopped. Rows are added to <results>/<machine>/<bench>.jsonl,
+what was printed to <part>.log beside them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks import machine, results
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("test", "ops", "step", "data")
 TESTS = ("tests/ops", "tests/test_native.py")
+RESULTS = ROOT / "benchmarks/results"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 UNSUPPORTED = ("Device not supported", "not supported on this")  # how compute-sanitizer says that it cannot work here
 SPARE = 20.0  # seconds that a bench which has begun may still take
@@ -39,12 +41,15 @@ SPARE = 20.0  # seconds that a bench which has begun may still take
 class Run:
     """One call of `make gpu`: where results go, and how much time is left."""
 
-    def __init__(self, folder: Path, device: str, minutes: float, commit: str | None):
-        self.folder, self.device, self.commit = folder / machine.slug(), device, commit
+    def __init__(self, folder: Path, device: str, minutes: float, commit: str | None, only: str | None = None):
+        self.folder, self.device, self.commit, self.only = folder / machine.slug(), device, commit, only
         self.end = time.monotonic() + 60 * minutes
         self.failed: list[str] = []
         self.unfinished: list[str] = []
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (RESULTS / machine.slug()).glob("*.jsonl"):
+            if not (self.folder / path.name).exists():
+                shutil.copy(path, self.folder)
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -84,10 +89,12 @@ class Run:
         return self._judge("build", status)
 
     def test(self) -> None:
-        self._stage("gpu tests", lambda: self.pytest("test", *TESTS, "-k", self.device))
+        ops, native = TESTS
+        self._stage("gpu tests", lambda: self.pytest("test", ops, "-k", self.device))
         for tool in SANITIZER_TOOLS if self.device == "cuda" else ():
             self._stage(tool, lambda tool=tool: self._sanitize(tool))
-        self._stage("other tests", lambda: self.pytest("test", *TESTS, "-k", f"not {self.device}"))
+        self._stage("native tests", lambda: self.pytest("test", native))
+        self._stage("other tests", lambda: self.pytest("test", ops, "-k", f"not {self.device}"))
 
     def ops(self) -> None:
         others = {"bench_step.py", "bench_data.py"}
@@ -104,6 +111,7 @@ class Run:
         words = [*sorted(map(str, files)), "--device", device or self.device, "--results", str(self.folder.parent)]
         words += ["--resume", "--stop-after", str(max(self.left() - SPARE, 0.0))]
         words += ["--commit", self.commit] if self.commit else []
+        words += ["-k", self.only] if self.only else []
         status, output = self.pytest(part, *words)
         self._judge(part, None if status == 0 and "no time left" in output else status)
 
@@ -142,9 +150,10 @@ class Run:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=PARTS, help="by default all, as far as the time goes")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=8.5, help="of this call")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: to try this script")
+    parser.add_argument("--only", metavar="EXPRESSION", help="of the benchmarks those that pytest's -k would choose")
     parser.add_argument("--commit", help="commit of the sources, where they come without their repository")
     return parser.parse_args()
 
@@ -160,7 +169,7 @@ def main() -> int:
         parts.remove("data")
         if given.part:
             return 2
-    run = Run(given.results.resolve(), given.device, given.minutes, given.commit)
+    run = Run(given.results.resolve(), given.device, given.minutes, given.commit, given.only)
     if run.build(parts[0]):
         for part in parts:
             getattr(run, part)()

@@ -83,8 +83,8 @@ class Bench:
     """One benchmark.
 
     Args:
-        name: of its shapes (`SHAPES[name]`) and its results.
-        stem: the op as `use_impl` calls it; None if there are only rivals.
+        name: of its shapes (`SHAPES[name]`) and its rows.
+        stem: the op as `use_impl` and the file of results call it; None if there are only rivals.
         op: (shape, **inputs) -> Tensor, through the public function: runs once per implementation.
         rivals: other ways to compute the same, by name; the first is the baseline, which without any is the reference.
         inputs: (shape, dtype, device) -> tensors by name; those that require grad are differentiated.
@@ -260,7 +260,7 @@ def assert_close(names: list[str], actual: list[Tensor], exact: list[Tensor]) ->
 
 def measure(bench: Bench, case: Case, benchmark: Any, options: Options) -> list[results.Row]:
     """Check, time, store; fails the test if a provider failed. Returns the rows."""
-    path = options.results / machine.slug() / f"{case.op}.jsonl" if options.results else None
+    path = options.results / machine.slug() / f"{bench.stem or bench.name}.jsonl" if options.results else None
     if options.resume and path and results.is_measured(path, tuple(case), machine.sources_digest()):
         pytest.skip("measured already on these sources")
     if time.monotonic() > options.stop_at:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, harness, report, results, sanitize, timing
+from benchmarks import bench_step, gpu, harness, report, results, sanitize, timing
 from benchmarks.bench_attention import BENCH as ATTENTION
 from benchmarks.bench_tokenize import BENCH as TOKENIZE
 from benchmarks.harness import Bench, Case, Options, measure
 from benchmarks.shapes import SHAPES
-from vatt_engine import dispatch
+from vatt_engine import VATTLoss, create_model, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -306,7 +307,7 @@ def test_pytest_benchmark_shows_the_same_numbers(tmp_path):
     first = run(*command)
     assert first.returncode == 0, first.stdout + first.stderr
     (bench,) = json.loads(out.read_text())["benchmarks"]
-    (path,) = tmp_path.glob("*/sample_keep.jsonl")
+    (path,) = tmp_path.glob("*/drop_token.jsonl")
     rows = results.read(path)
     assert [row["provider"] for row in rows] == [row["provider"] for row in bench["extra_info"]["rows"]]
     preferred = next(row for row in rows if row["provider"] == bench["extra_info"]["provider"])
@@ -369,6 +370,16 @@ def test_gpu_goes_on_where_it_stopped(tmp_path):
     assert (third.unfinished, len(ran)) == (["new"], 5)
 
 
+def test_gpu_counts_what_the_repository_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "repository")
+    kept = gpu_run(tmp_path / "repository")
+    kept._stage("good", lambda: (0, "3 passed"))
+    fresh = gpu_run(tmp_path / "fresh")
+    fresh._stage("good", lambda: (1, "must not run again"))
+    assert fresh.failed == []
+    assert results.read(fresh.folder / "test.jsonl") == results.read(kept.folder / "test.jsonl") != []
+
+
 def test_gpu_logs_what_it_runs_and_ends_what_takes_too_long(tmp_path):
     here = gpu_run(tmp_path)
     assert here.execute("ops", [sys.executable, "-c", "print('seen'); raise SystemExit(3)"])[0] == 3
@@ -386,3 +397,18 @@ def test_gpu_says_what_is_missing():
         2,
         "make gpu: needs a CUDA device: torch.cuda.is_available() is False\n",
     )
+
+
+def test_model_flops_are_those_that_torch_counts():
+    """Of vatt_tiny, in which heads are not negligible; the tokenizer's products are ours and unknown to the counter."""
+    shape = SHAPES["step"]["cpu"]["tiny"]
+    model, batch = create_model(shape.model).train(), bench_step.clips(shape, "cpu")
+    with FlopCounterMode(display=False) as counter, dispatch.use_impl(attention="reference"):
+        VATTLoss()(model(batch, seed=0)).total.backward()
+    dim, config = 128, model.config
+    heads = shape.batch * 2 * dim**2 * (4 + shape.candidates)
+    video = config.video.drop_token.num_kept(72) * 3 * 4 * 8 * 8
+    audio = config.audio.drop_token.num_kept(75) * 128
+    patches = shape.batch * 2 * (video + audio) * dim
+    counted = bench_step.flops(shape, torch.float32, "step") + 3 * heads - 2 * patches
+    assert counter.get_total_flops() == counted

@@ -1,0 +1,302 @@
+// Pieces of the patch matrix on their way to shared memory: which patch a row is, sixteen of its elements at a time
+// from the video into registers, and from there, converted to T, into a swizzled tile.
+//
+// Bytes are offset by 128, which loses nothing: x - 128 is exact in bfloat16 and float16. The product's last step takes
+// care of the rest: sum w (2/255 x - 1) = 2/255 (sum w (x - 128) + 1/2 sum w).
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda_utils.cuh"
+#include "tensor_core.cuh"
+#include "tokenize_device.h"
+
+namespace vatt {
+
+constexpr float kByteScale = 2.0f / 255.0f;
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kNoPatch = -1;  // the AGG row, or a row behind the last: zeros
+
+// Where row `i` of the patch matrix starts in the video, times two, plus one if its window is mirrored; or kNoPatch.
+// Traps on tokens outside the grid and windows outside the video.
+__device__ __forceinline__ int64_t find_patch(const TokenizeRows& rows, int64_t i) {
+  const PatchParams& p = rows.patches;
+  if (i >= rows.count()) return kNoPatch;
+  const int64_t b = i / rows.per_sample(), k = i % rows.per_sample() - rows.agg;
+  if (k < 0) return kNoPatch;
+  const int64_t token = kept_token(p, b, k);
+  if (token < 0 || token >= num_tokens(p)) __trap();
+  if (p.crop) {
+    const int64_t y = p.crop[2 * b], x = p.crop[2 * b + 1];
+    if (y < 0 || y > rows.max_crop_y || x < 0 || x > rows.max_crop_x) __trap();
+  }
+  return patch_offset(p, b, token) * 2 + is_flipped(p, b);
+}
+
+// ---- sixteen elements of a patch ------------------------------------------------------------------------------------
+
+constexpr int kChunk = 16;
+
+// Elements first .. first + 15 of a patch; `whole` says that they lie in one run of pixels.
+struct ChunkPlace {
+  int first, size;  // elements; of the whole patch
+  int run, in_run;  // the run of the first element, its place there
+  bool whole;
+
+  __device__ __forceinline__ ChunkPlace(const PatchParams& p, int first)
+      : first(first), size(static_cast<int>(patch_size(p))) {
+    const int length = static_cast<int>(run_length(p));
+    run = first / length;
+    in_run = first % length;
+    whole = length % kChunk == 0 && p.channels <= 4;
+  }
+};
+
+template <bool kBytes>
+__device__ __forceinline__ float pixel_value(const PatchParams& p, int64_t index) {
+  float value = 0.0f;
+  if constexpr (kBytes) {
+    value = static_cast<float>(static_cast<int>(static_cast<const uint8_t*>(p.video)[index]) - 128);
+  } else {
+    VATT_DISPATCH_FLOAT(p.video_dtype, Pixel, value = to_float(static_cast<const Pixel*>(p.video)[index]));
+  }
+  return value;
+}
+
+// A chunk of any kind, element by element: put(i, value) for each of the sixteen.
+template <bool kBytes, typename Put>
+__device__ __forceinline__ void each_element(const PatchParams& p, int64_t patch, const ChunkPlace& at,
+                                             const Put& put) {
+  const int length = static_cast<int>(run_length(p));
+  int run = at.run, e = at.in_run;
+  int64_t pixels = (patch >> 1) + run_offset(p, run);
+#pragma unroll 4
+  for (int i = 0; i < kChunk; ++i) {
+    const bool inside = at.first + i < at.size;
+    put(i, inside ? pixel_value<kBytes>(p, pixels + run_element(p, e, patch & 1)) : 0.0f);
+    if (++e == length && inside) {
+      e = 0;
+      pixels = (patch >> 1) + run_offset(p, ++run);
+    }
+  }
+}
+
+// Sixteen bytes as they are, on their way through registers; 128 where there is no patch, which becomes zero.
+struct ByteChunk {
+  uint32_t words[kChunk / 4];
+
+  // False if the chunk has to go by store_pixels.
+  __device__ __forceinline__ bool load(const PatchParams& p, int64_t patch, const ChunkPlace& at) {
+#pragma unroll
+    for (uint32_t& word : words) word = 0x80808080u;
+    if (patch == kNoPatch || at.first >= at.size) return true;
+    if (!at.whole) return false;
+    const uint8_t* pixels = static_cast<const uint8_t*>(p.video) + (patch >> 1) + run_offset(p, at.run);
+    const int length = static_cast<int>(run_length(p));
+    if (patch & 1) {
+      load_mirrored(pixels, length, static_cast<int>(p.channels), at.in_run);
+    } else if (reinterpret_cast<uintptr_t>(pixels + at.in_run) % 16 == 0) {
+      const uint4 all = *reinterpret_cast<const uint4*>(pixels + at.in_run);
+      words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    } else {
+      load_bytes(pixels, length, at.in_run, words);
+    }
+    return true;
+  }
+
+ private:
+  // Bytes from .. from + 4 kWords of a run, by aligned words of four; those that hold no byte of the run are not read.
+  template <int kWords>
+  static __device__ __forceinline__ void load_bytes(const uint8_t* run, int length, int from,
+                                                    uint32_t (&result)[kWords]) {
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(run + from) % 4);
+    uint32_t aligned[kWords + 1];
+#pragma unroll
+    for (int i = 0; i <= kWords; ++i) {
+      const int at = from - shift + 4 * i;
+      aligned[i] = at > -4 && at < length ? *reinterpret_cast<const uint32_t*>(run + at) : 0u;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) result[i] = __funnelshift_r(aligned[i], aligned[i + 1], 8 * shift);
+  }
+
+  // Element e = x * C + c of a mirrored run is its byte C * (width - 1) - e + 2 c. So of the 20 bytes from
+  // C * (width - 1) - in_run - 15 on, byte 15 - i + 2 c is element i, and four elements come out of two words.
+  __device__ __forceinline__ void load_mirrored(const uint8_t* run, int length, int channels, int in_run) {
+    uint32_t window[5];
+    load_bytes(run, length, length - channels - in_run - 15, window);
+    int channel = in_run % channels;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t selector = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        selector |= static_cast<uint32_t>(3 - j + 2 * channel) << (4 * j);
+        channel = channel + 1 == channels ? 0 : channel + 1;
+      }
+      words[i] = __byte_perm(window[3 - i], window[4 - i], selector);
+    }
+  }
+};
+
+// Four bytes as values x - 128 of T. In bfloat16 without a conversion: 128 + (low seven bits of x) is made of bits,
+// then -128 or -256 is added, by the top bit of x. In float16: 1024 + x is made of bits, then -1152 is added.
+template <typename T>
+__device__ __forceinline__ void convert_bytes(uint32_t word, uint32_t* values) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = float_bits(static_cast<float>(static_cast<int>(word >> (8 * i) & 0xff) - 128));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t two = __byte_perm(word, 0, i ? 0x4342 : 0x4140);
+      values[i] = std::is_same_v<T, BFloat16>
+                      ? add2<T>((two & 0x007f007fu) | 0x43004300u, (two & 0x00800080u) ^ 0xc380c380u)
+                      : add2<T>(two | 0x64006400u, 0xe480e480u);
+    }
+  }
+}
+
+// ---- tiles in shared memory -----------------------------------------------------------------------------------------
+
+// Where 16-byte piece `piece` of a row lies: rows beside each other have their pieces in different banks.
+template <int kRowBytes>
+__device__ __forceinline__ int tile_offset(int row, int piece) {
+  static_assert(kRowBytes % 128 == 0);
+  return row * kRowBytes + ((piece ^ (row & 7)) << 4);
+}
+
+// Sixteen bytes of aligned values of T from any float type.
+template <typename T, typename Pixel>
+__device__ __forceinline__ void store_vector(unsigned char* piece, const Pixel* pixels) {
+  constexpr int kVector = 16 / sizeof(T);
+  Pixel values[kVector];
+  if constexpr (sizeof(values) >= 16) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(values) / 16); ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(pixels)[i];
+      memcpy(values + i * 16 / sizeof(Pixel), &four, 16);
+    }
+  } else {
+    const uint2 two = *reinterpret_cast<const uint2*>(pixels);
+    memcpy(values, &two, 8);
+  }
+  T converted[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) converted[i] = from_float<T>(to_float(values[i]));
+  uint4 four;
+  memcpy(&four, converted, 16);
+  *reinterpret_cast<uint4*>(piece) = four;
+}
+
+template <typename T, int kRowBytes>
+__device__ __forceinline__ void store_bytes(unsigned char* tile, int row, int chunk, const ByteChunk& bytes) {
+  constexpr int kPieces = kChunk * sizeof(T) / 16, kWords = 4 / kPieces;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    uint32_t values[4];
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) convert_bytes<T>(bytes.words[i * kWords + j], values + j * sizeof(T));
+    *reinterpret_cast<uint4*>(tile + tile_offset<kRowBytes>(row, chunk * kPieces + i)) =
+        make_uint4(values[0], values[1], values[2], values[3]);
+  }
+}
+
+// A chunk straight from the video: of floats, or of bytes that do not lie sixteen in a run.
+template <typename T, int kRowBytes, bool kBytes>
+__device__ __forceinline__ void store_pixels(unsigned char* tile, int row, int chunk, const PatchParams& p,
+                                             int64_t patch, const ChunkPlace& at) {
+  constexpr int kPieces = kChunk * sizeof(T) / 16, kVector = 16 / sizeof(T);
+  const auto piece = [&](int i) { return tile + tile_offset<kRowBytes>(row, chunk * kPieces + i); };
+  if (patch == kNoPatch || at.first >= at.size) {
+    for (int i = 0; i < kPieces; ++i) *reinterpret_cast<uint4*>(piece(i)) = make_uint4(0, 0, 0, 0);
+    return;
+  }
+  if (!kBytes && at.whole && !(patch & 1)) {
+    bool done = false;
+    VATT_DISPATCH_FLOAT(p.video_dtype, Pixel, {
+      const Pixel* pixels = static_cast<const Pixel*>(p.video) + (patch >> 1) + run_offset(p, at.run) + at.in_run;
+      done = reinterpret_cast<uintptr_t>(pixels) % 16 == 0;
+      if (done) {
+        for (int i = 0; i < kPieces; ++i) store_vector<T>(piece(i), pixels + i * kVector);
+      }
+    });
+    if (done) return;
+  }
+  each_element<kBytes>(p, patch, at, [&](int i, float value) {
+    reinterpret_cast<T*>(piece(i / kVector))[i % kVector] = from_float<T>(value);
+  });
+}
+
+// A thread's part of a tile of the patch matrix: chunk `chunk` of every kRowStep-th row. Bytes that lie sixteen in a
+// run are fetched into registers long before they are put into the tile; all else is read when it is put.
+template <typename T, int kRowBytes, bool kBytes, int kRows, int kRowStep>
+class VideoTile {
+ public:
+  __device__ __forceinline__ VideoTile(int row, int chunk) : row_(row), chunk_(chunk) {}
+
+  // patch_of(j): the patch of the thread's j-th row.
+  template <typename PatchOf>
+  __device__ __forceinline__ void fetch(const PatchParams& p, const ChunkPlace& at, const PatchOf& patch_of) {
+    if constexpr (kBytes) {
+      waiting_ = 0;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) waiting_ |= !bytes_[j].load(p, patch_of(j), at) << j;
+    }
+  }
+
+  // The tile begins at row `row0` of the patch matrix, the chunk at element `first` of the patch.
+  __device__ __forceinline__ void put(unsigned char* tile, const TokenizeRows& rows, int64_t row0, int first) const {
+    if constexpr (kBytes) {
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        if (!(waiting_ >> j & 1)) store_bytes<T, kRowBytes>(tile, row_ + j * kRowStep, chunk_, bytes_[j]);
+      }
+    }
+    if (waiting_ == 0) return;
+    const ChunkPlace at(rows.patches, first);
+#pragma unroll 1
+    for (int j = 0; j < kRows; ++j) {
+      const int row = row_ + j * kRowStep;
+      if (waiting_ >> j & 1) {
+        store_pixels<T, kRowBytes, kBytes>(tile, row, chunk_, rows.patches, find_patch(rows, row0 + row), at);
+      }
+    }
+  }
+
+ private:
+  int row_, chunk_;
+  ByteChunk bytes_[kRows];
+  unsigned waiting_ = (1u << kRows) - 1;  // rows that are not in bytes_
+};
+
+// Rows row0.. and columns column0.. of a matrix [*, columns] into a tile: in the background where 16 bytes lie aligned,
+// element by element otherwise. Columns behind the last, and rows for which has_row(row of the tile) is false, are
+// zero.
+template <typename T, int kThreads, int kRows, int kRowBytes, typename HasRow>
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const T* matrix, int columns, int64_t row0, int column0,
+                                          bool aligned, const HasRow& has_row) {
+  constexpr int kPieces = kRowBytes / 16, kVector = 16 / sizeof(T);
+#pragma unroll 2
+  for (int step = 0; step < kRows * kPieces / kThreads; ++step) {
+    const int i = step * kThreads + static_cast<int>(threadIdx.x), row = i / kPieces,
+              column = column0 + i % kPieces * kVector;
+    unsigned char* to = tile + tile_offset<kRowBytes>(row, i % kPieces);
+    const bool any = has_row(row) && column < columns;
+    const T* from = any ? matrix + (row0 + row) * columns + column : matrix;
+    if (aligned) {
+      cp_async<16>(to, from, any ? 16 : 0);
+    } else {
+      for (int j = 0; j < kVector; ++j) {
+        reinterpret_cast<T*>(to)[j] = any && column + j < columns ? from[j] : T{};
+      }
+    }
+  }
+}
+
+}  // namespace vatt

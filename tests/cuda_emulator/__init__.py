@@ -1,0 +1,122 @@
+"""CUDA kernels run on the CPU, so that tests prove their numbers without a GPU.
+
+build(...) compiles .cu files of csrc/ with g++ against stand-ins of the CUDA headers (cuda_runtime.h, emulated_ptx.h)
+into a Python module; emulator.h says how the threads run and what is caught. guarded(...) puts a tensor between pages
+that nobody may touch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda-emulator"
+# Undefined behaviour ends in a trap, which the emulator reports. No alias analysis: kernels read bytes as words.
+FLAGS = [
+    *(
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-gnu-unique",
+        "-fno-strict-aliasing",
+        "-U_FORTIFY_SOURCE",
+    ),
+    *("-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"),
+    *("-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DVATT_EMULATE", "-DVATT_HAS_CUDA=1"),
+]
+
+
+def build(sources: Sequence[Path], bind: str) -> ModuleType:
+    """The module of these .cu and .cpp files, whose function vatt::<bind>(module) binds them; objects are cached.
+
+    Beside what `bind` adds the module has set_order(seed), the order in which warps run (0 ascending, 1 descending,
+    others shuffled), and take_counts(), the events counted since the last call ("ldmatrix bank conflicts").
+    """
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "the native module was built by some C++ compiler"
+    includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
+    headers = sorted(p for folder in (CSRC, HERE) for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
+    name = f"emulated_{bind}"
+    common = [*FLAGS, *(f"-I{path}" for path in includes), f"-DVATT_BIND={bind}", f"-DVATT_MODULE={name}"]
+    objects = []
+    for source in [*sources, HERE / "emulator.cpp", HERE / "module.cpp"]:
+        objects.append(CACHE / f"{source.stem}-{_digest(common, [source, *headers])}.o")
+        if not objects[-1].exists():
+            _compile([compiler, *common, "-x", "c++", "-c", source], objects[-1])
+    library = CACHE / f"{name}-{_digest(objects, [])}.so"
+    if not library.exists():
+        _compile([compiler, "-shared", *objects], library)
+    spec = importlib.util.spec_from_file_location(name, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _digest(arguments: Sequence[object], files: Sequence[Path]) -> str:
+    text = hashlib.sha256(" ".join([sys.version, *map(str, arguments)]).encode())
+    for file in files:
+        text.update(file.read_bytes())
+    return text.hexdigest()[:16]
+
+
+def _compile(command: Sequence[object], out: Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(f".{os.getpid()}{out.suffix}")
+    run = subprocess.run([*map(str, command), "-o", str(part)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    part.replace(out)
+
+
+class Guarded:
+    """A copy of a tensor, of the same strides, that ends (up to its alignment) where a forbidden page begins.
+
+    Reads and writes behind it fault, writes before it and into the gaps of its strides are found by check().
+    """
+
+    def __init__(self, tensor: Tensor, offset: int = 0, alignment: int = 16):
+        """Puts the first element `offset` elements behind a multiple of `alignment` bytes."""
+        size = tensor.element_size()
+        self.count = (
+            1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        )
+        page = mmap.PAGESIZE
+        span = -(-self.count * size // page) * page + page
+        self.memory = mmap.mmap(-1, span + page)
+        start = (span - self.count * size - offset * size) // alignment * alignment + offset * size
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.memory[:span] = b"\xff" * span
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + span), ctypes.c_size_t(page), 0) == 0
+        flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=span)
+        self.bytes = flat
+        inside = flat[start : start + self.count * size].view(tensor.dtype)
+        self.tensor = inside.as_strided(tensor.shape, tensor.stride()) if self.count else tensor.clone()
+        self.tensor.copy_(tensor)
+        self.poison = torch.ones(span, dtype=torch.bool)
+        cover = torch.zeros(self.count, dtype=torch.bool)
+        if self.count:
+            cover.as_strided(tensor.shape, tensor.stride()).fill_(True)
+        self.poison[start : start + self.count * size] = ~cover.repeat_interleave(size)
+
+    def check(self) -> None:
+        """Raises AssertionError if a byte outside the tensor has changed."""
+        changed = (self.bytes[self.poison] != 255).nonzero().flatten()
+        assert changed.numel() == 0, f"{changed.numel()} bytes outside the tensor were written"

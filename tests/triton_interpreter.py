@@ -91,6 +91,13 @@ def _mend(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(builder, "create_dot", create_dot)
     patch.setattr(builder, "cast_impl", cast_impl)
+    methods = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):  # Triton 3.6 takes loop bounds from arrays as NumPy 2.4 no longer allows
+        methods(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     patch.setattr(interpreter.interpreter_builder, "options", options)
 

@@ -61,8 +61,7 @@ def stamp(commit: str | None = None) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties()
         found |= {"sms": properties.multi_processor_count, "memory": properties.total_memory, "driver": _driver()}
     found |= {"cuda": torch.version.cuda, "torch": str(torch.__version__), "triton": _version("triton")}
-    found |= {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    found |= _git_state() | ({"commit": commit} if commit else {})
+    found |= {"python": platform.python_version()} | _git_state() | ({"commit": commit} if commit else {})
     return found | {"sources": sources_digest(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 

@@ -93,10 +93,15 @@ def _git_state() -> dict[str, Any]:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """A digest of the files that decide a measurement: it tells versions apart also where there is no git."""
+def sources_digest(*more: str) -> str:
+    """A digest of the files that decide a measurement: it tells versions apart also where there is no git.
+
+    `more` are further folders, such as "tests" for what decides a test's outcome.
+    """
     digest = hashlib.sha256()
-    files = {path.resolve() for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in SUFFIXES}
+    files = {
+        path.resolve() for name in (*SOURCES, *more) for path in (ROOT / name).rglob("*") if path.suffix in SUFFIXES
+    }
     for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -64,16 +64,21 @@ def bwd_cpp(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dweight by pieces of columns, so that no sum over tokens is taken in steps; the others are sums of rows."""
-    dim, product = grad.shape[2], _product_dtype(dtype)
-    patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg, product)
-    dweight = grad.new_empty((dim, patches.num_columns) if needs[0] else (0,), dtype=weight_dtype)
+    dweight = grad.new_empty(0, dtype=weight_dtype)
     if needs[0]:
-        transposed = grad.view(-1, dim).to(product).T
-        step = max(1, PIECE_BYTES // max(1, patches.num_rows * patches.run_size * product.itemsize))
-        for run in range(0, patches.num_runs, step):
-            piece = patches.columns(run, min(step, patches.num_runs - run))
-            dweight[:, run * patches.run_size :][:, : piece.shape[1]] = transposed @ piece
-    return dweight, *_row_sums(grad, keep, agg, patches.num_tokens, needs)
+        patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg, _product_dtype(dtype))
+        dweight = _weight_gradient(grad.view(-1, grad.shape[2]), patches, weight_dtype)
+    return dweight, *_row_sums(grad, keep, agg, _num_tokens(video, size, patch), needs)
+
+
+def _weight_gradient(grad: Tensor, patches: _PatchMatrix, dtype: torch.dtype) -> Tensor:
+    out = grad.new_empty(grad.shape[1], patches.num_columns, dtype=dtype)
+    grad = grad.to(patches.dtype)
+    step = max(1, PIECE_BYTES // max(1, patches.num_rows * patches.run_size * patches.dtype.itemsize))
+    for run in range(0, patches.num_runs, step):
+        piece = patches.columns(run, min(step, patches.num_runs - run))
+        out[:, run * patches.run_size :][:, : piece.shape[1]] = grad.T @ piece
+    return out
 
 
 def _start_rows(
@@ -102,7 +107,9 @@ def _row_sums(
         dpos.scatter_add_(0, keep.flatten()[:, None].expand_as(rows), rows)
         dbias = dpos.sum(0) if needs[1] else dbias
     elif needs[1] or needs[2]:
-        by_position = rows.sum(0, dtype=torch.float32)
+        by_position = rows.new_zeros(rows.shape[1:], dtype=torch.float32)
+        for sample in rows:  # the library's sum would make all of them float32 first
+            by_position += sample
         dbias = by_position.sum(0) if needs[1] else dbias
         if needs[2]:
             zeros = by_position.new_zeros(num_tokens, rows.shape[2])
@@ -137,7 +144,7 @@ class _PatchMatrix:
         self._write = _native().tokenize_patches
         self._tensors = (video, keep, crop, flip)
         self._geometry = (list(size), list(patch), agg)
-        self._dtype = dtype
+        self.dtype = dtype
         self._buffer = torch.empty(0, dtype=dtype)  # of one piece; the next overwrites it
         self.num_tokens = _num_tokens(video, size, patch)
         self.num_runs, self.run_size = patch[0] * patch[1], patch[2] * video.shape[4]
@@ -159,7 +166,7 @@ class _PatchMatrix:
     def _piece(self, row: int, num_rows: int, run: int, num_runs: int) -> Tensor:
         columns = num_runs * self.run_size
         if self._buffer.numel() < num_rows * columns:
-            self._buffer = torch.empty(num_rows * columns, dtype=self._dtype)
+            self._buffer = torch.empty(num_rows * columns, dtype=self.dtype)
         out = self._buffer[: num_rows * columns].view(num_rows, columns)
         self._write(*_capsules(*self._tensors, out), *self._geometry, row, run, torch.get_num_threads())
         return out

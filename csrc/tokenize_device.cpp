@@ -41,6 +41,7 @@ struct Path {
 
 constexpr Path kPaths[] = {
     {"mma", tokenize_fwd_mma, tokenize_bwd_weight_mma, true},
+    {"wgmma", tokenize_fwd_wgmma, tokenize_bwd_weight_wgmma, false},
 };
 
 const Path& path_of(const std::string& name, DType dtype) {

@@ -60,6 +60,10 @@ void tokenize_fwd_mma(const TokenizeFwdParams& params, DType dtype, int device, 
 // dW = dY^T x, likewise; the order of the sum depends on `splits` alone.
 void tokenize_bwd_weight_mma(const TokenizeBwdParams& params, DType dtype, int device, void* stream);
 
+// The same with wgmma, for sm_90a and half dtypes.
+void tokenize_fwd_wgmma(const TokenizeFwdParams& params, DType dtype, int device, void* stream);
+void tokenize_bwd_weight_wgmma(const TokenizeBwdParams& params, DType dtype, int device, void* stream);
+
 // The sum over the splits of the workspace, scaled and rounded to dweight; a part of every bwd_weight with splits > 1.
 void tokenize_bwd_reduce(const TokenizeBwdParams& params, void* stream);
 

@@ -148,6 +148,13 @@ T atomicAdd(T* to, T value) {
 }
 
 template <typename T>
+T atomicMin(T* to, T value) {
+  const T before = *to;
+  *to = min(before, value);
+  return before;
+}
+
+template <typename T>
 T __ldg(const T* from) {
   return *from;
 }

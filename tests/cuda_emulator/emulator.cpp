@@ -72,6 +72,7 @@ struct Barrier {
 };
 
 int order_seed = 0;
+int64_t blocks_run = 0;
 std::map<std::string, int64_t> counted;
 
 class Block;
@@ -93,6 +94,7 @@ class Block {
 
   void run() {
     prepare();
+    ++blocks_run;
     running = this;
     size_t warp = 0;
     while (Fiber* next = pick(warp)) {
@@ -317,6 +319,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 }
 
 unsigned char* shared_memory() { return running->shared_begin(); }
+size_t shared_size() { return running->shared_bytes(); }
+int64_t block_number() { return blocks_run; }
 int thread_index() { return running->current().index; }
 void fail(const std::string& what) { running->abandon(what); }
 void count(const char* event, int64_t number) { counted[event] += number; }

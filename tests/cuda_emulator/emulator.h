@@ -24,8 +24,10 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 // Dynamic shared memory of the running block: starts as NaN (0xff), 1024-byte aligned, ends at a guard page.
 unsigned char* shared_memory();
+size_t shared_size();
 
-int thread_index();  // in the block, x fastest
+int thread_index();      // in the block, x fastest
+int64_t block_number();  // of the running block, different for each that ever runs
 
 // Ends the kernel with an error; for use inside a thread.
 [[noreturn]] void fail(const std::string& what);

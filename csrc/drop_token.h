@@ -1,0 +1,74 @@
+// DropToken: y[b, k] = x[b, keep[k]] and its transpose, and the positions a step keeps. What C++ and CUDA share is
+// here: where rows lie, the hash that draws the positions, and the widening of half-precision values.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace vatt {
+
+// The gather reads rows of tokens [batch, tokens, width], the scatter rows of a gradient [batch, kept, width].
+struct DropTokenParams {
+  const void* in;                        // strides below, in elements; the values of a row lie without gaps
+  const int64_t* keep;                   // [kept] or [batch, kept] positions
+  void* out;                             // contiguous
+  int64_t batch, tokens, kept, width;    // width in values
+  int64_t in_stride_b, in_stride_row;    // the second over tokens (gather) or kept positions (scatter)
+  int64_t keep_stride_b, keep_stride_k;  // the first is 0 when all samples share their positions
+};
+
+VATT_HOST_DEVICE int64_t kept_position(const DropTokenParams& p, int64_t b, int64_t k) {
+  return p.keep[b * p.keep_stride_b + k * p.keep_stride_k];
+}
+
+VATT_HOST_DEVICE int64_t input_offset(const DropTokenParams& p, int64_t b, int64_t row) {
+  return b * p.in_stride_b + row * p.in_stride_row;
+}
+
+struct SampleParams {
+  const int64_t* seed;       // one number
+  const int64_t* sample_id;  // [batch], contiguous, or null for one draw that all samples share
+  int64_t* out;              // [batch, kept], contiguous
+  int64_t batch, tokens, kept;
+};
+
+constexpr int64_t kPositionMask = (1 << 20) - 1;      // the low bits of a key hold its position
+constexpr int64_t kMaxTokens = kPositionMask + 1;     // that can be sampled from
+constexpr int64_t kMaxTokensCuda = int64_t{1} << 13;  // whose keys a block sorts in its shared memory
+
+// The splitmix64 finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers.
+VATT_HOST_DEVICE uint64_t splitmix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+VATT_HOST_DEVICE uint64_t sample_stream(const SampleParams& p, int64_t b) {
+  const uint64_t stream = splitmix64(static_cast<uint64_t>(*p.seed));
+  return p.sample_id ? splitmix64(stream ^ splitmix64(static_cast<uint64_t>(p.sample_id[b]))) : stream;
+}
+
+// The positions of the smallest keys are kept, in the order of their keys. No two keys are equal.
+VATT_HOST_DEVICE int64_t position_key(uint64_t stream, int64_t position) {
+  const uint64_t hash = splitmix64(stream ^ splitmix64(static_cast<uint64_t>(position)));
+  return (static_cast<int64_t>(hash) & ~kPositionMask) | position;
+}
+
+VATT_HOST_DEVICE float widen(float x) { return x; }
+
+VATT_HOST_DEVICE float widen(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+VATT_HOST_DEVICE float widen(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t scaled = float_bits(bits_float(magnitude << 13) * bits_float(0x77800000u));  // 2^112: exact
+  return bits_float((magnitude < 0x7c00u ? scaled : magnitude << 13 | 0x7f800000u) | (x.bits & 0x8000u) << 16);
+}
+
+// They launch on `stream` of `device`; a position outside the tokens traps.
+void drop_token_fwd_cuda(const DropTokenParams& params, DType dtype, int device, void* stream);
+void drop_token_bwd_cuda(const DropTokenParams& params, DType dtype, int device, void* stream);
+void sample_keep_cuda(const SampleParams& params, int device, void* stream);
+
+}  // namespace vatt

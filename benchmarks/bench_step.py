@@ -45,7 +45,7 @@ def engine(shape, dtype, device, *, compiled):
     model = create_model(shape.model)
     for block in model.modules() if compiled else ():
         if isinstance(block, Block):  # all layers of a tower share what is compiled; the whole model takes minutes
-            block.compile()
+            block.compile(dynamic=False)
     loss = VATTLoss()
     return Engine(
         model,

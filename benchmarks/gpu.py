@@ -16,13 +16,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ PARTS = ("test", "ops", "step", "data")
 TESTS = ("tests/ops", "tests/test_native.py")
 RESULTS = ROOT / "benchmarks/results"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-UNSUPPORTED = ("Device not supported", "not supported on this")  # how compute-sanitizer says that it cannot work here
+UNSUPPORTED = "Device not supported"  # how compute-sanitizer says that it cannot work here
 SPARE = 20.0  # seconds that a bench which has begun may still take
 
 
@@ -67,7 +69,13 @@ class Run:
             start_new_session=True,  # so that what it starts ends with it
         )
         late = threading.Event()
-        timer = threading.Timer(max(self.left(), 1.0), lambda: (late.set(), os.killpg(child.pid, signal.SIGKILL)))
+
+        def end() -> None:
+            late.set()
+            with suppress(ProcessLookupError):  # it ended just now
+                os.killpg(child.pid, signal.SIGKILL)
+
+        timer = threading.Timer(max(self.left(), 1.0), end)
         timer.start()
         with (self.folder / f"{part}.log").open("a") as log:
             log.write(lines[0])
@@ -90,11 +98,12 @@ class Run:
 
     def test(self) -> None:
         ops, native = TESTS
-        self._stage("gpu tests", lambda: self.pytest("test", ops, "-k", self.device))
+        here = f"[{self.device} or -{self.device}"  # in the test's parameters; a file's name may hold "cuda" too
+        self._stage("gpu tests", lambda: self.pytest("test", ops, "-k", here))
         for tool in SANITIZER_TOOLS if self.device == "cuda" else ():
             self._stage(tool, lambda tool=tool: self._sanitize(tool))
         self._stage("native tests", lambda: self.pytest("test", native))
-        self._stage("other tests", lambda: self.pytest("test", ops, "-k", f"not {self.device}"))
+        self._stage("other tests", lambda: self.pytest("test", ops, "-k", f"not ({here})"))
 
     def ops(self) -> None:
         others = {"bench_step.py", "bench_data.py"}
@@ -115,21 +124,20 @@ class Run:
         status, output = self.pytest(part, *words)
         self._judge(part, None if status == 0 and "no time left" in output else status)
 
-    def _stage(self, name: str, stage) -> None:
+    def _stage(self, name: str, stage: Callable[[], tuple[int | None, str]]) -> None:
         """Run a stage of the tests unless it passed on these sources, and keep its outcome as a row."""
+        path, sources = self.folder / "test.jsonl", machine.sources_digest("tests")
         row = dict.fromkeys(results.CASE, "") | {"op": "test", "shape": name, "device": self.device}
-        path = self.folder / "test.jsonl"
-        if results.is_measured(path, results.case_of(row), machine.sources_digest()):
+        if results.is_measured(path, results.case_of(row), sources):
             print(f"{name}: passed on these sources before")
             return
         if self.left() <= 0:
             self.unfinished.append(name)
             return
         status, output = stage()
-        refused = status != 0 and any(text in output for text in UNSUPPORTED)
-        if refused or self._judge(name, status):
-            summary = "the tool does not work on this machine" if refused else output.strip().splitlines()[-1]
-            results.merge(path, [row | {"provider": summary, "baseline": None, "stamp": machine.stamp(self.commit)}])
+        if self._judge(name, status):
+            stamp = machine.stamp(self.commit) | {"sources": sources}
+            results.merge(path, [row | {"provider": output.strip().splitlines()[-1], "baseline": None, "stamp": stamp}])
 
     def _judge(self, name: str, status: int | None) -> bool:
         if status is None:
@@ -142,9 +150,19 @@ class Run:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(program).exists():
             return 0, "compute-sanitizer is not installed"
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+        for name in ("vatt", *triton_kernels()):  # our own, not the library's; the native ones by their namespace
+            command += ["--kernel-name", f"kernel_substring={name}"]
+        command += [sys.executable, "-m", "benchmarks.sanitize"]
         # Every tensor an allocation of its own, so that the tool sees where it ends and what was written of it.
-        return self.execute("test", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        status, output = self.execute("test", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return (0, f"{tool} does not work on this machine") if status and UNSUPPORTED in output else (status, output)
+
+
+def triton_kernels() -> list[str]:
+    """Names of the Triton kernels that are launched."""
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    return [name for path in files for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
 
 
 def parse() -> argparse.Namespace:

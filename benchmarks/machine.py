@@ -25,8 +25,8 @@ SUFFIXES = {".py", ".json", ".h", ".cpp", ".cu", ".cuh"}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # far beyond any cache
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 CEILING_ROUNDS = 10
-# Dense matrix rates by the vendor's data sheet, FLOP/s: the usual denominator of MFU.
-DATASHEET = {("H100", torch.bfloat16): 989e12, ("H200", torch.bfloat16): 989e12, ("A100", torch.bfloat16): 312e12}
+# Dense bfloat16 rates by the vendor's data sheets, FLOP/s: the usual denominator of MFU. The first name that fits.
+DATASHEET = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def device_name() -> str:
@@ -61,8 +61,7 @@ def stamp(commit: str | None = None) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties()
         found |= {"sms": properties.multi_processor_count, "memory": properties.total_memory, "driver": _driver()}
     found |= {"cuda": torch.version.cuda, "torch": str(torch.__version__), "triton": _version("triton")}
-    found |= {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    found |= _git_state() | ({"commit": commit} if commit else {})
+    found |= {"python": platform.python_version()} | _git_state() | ({"commit": commit} if commit else {})
     return found | {"sources": sources_digest(), "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
@@ -94,10 +93,15 @@ def _git_state() -> dict[str, Any]:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """A digest of the files that decide a measurement: it tells versions apart also where there is no git."""
+def sources_digest(*more: str) -> str:
+    """A digest of the files that decide a measurement: it tells versions apart also where there is no git.
+
+    `more` are further folders, such as "tests" for what decides a test's outcome.
+    """
     digest = hashlib.sha256()
-    files = {path.resolve() for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in SUFFIXES}
+    files = {
+        path.resolve() for name in (*SOURCES, *more) for path in (ROOT / name).rglob("*") if path.suffix in SUFFIXES
+    }
     for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -128,5 +132,5 @@ def _fastest(call: Any, device: str) -> float:
 
 def datasheet_rate(dtype: torch.dtype) -> float | None:
     """The matrix rate that the GPU's vendor states, FLOP/s, where this file knows it."""
-    name = device_name()
-    return next((rate for (chip, of), rate in DATASHEET.items() if chip in name and of == dtype), None)
+    name = device_name() if dtype == torch.bfloat16 else ""
+    return next((rate for chip, rate in DATASHEET.items() if chip in name), None)

@@ -28,7 +28,7 @@ COLUMNS: dict[str, Callable[[Row, Row | None], str]] = {
     "% of roofline": lambda row, _: f"{100 * row['roofline']:.1f}" if row.get("roofline") else "",
     "peak extra MiB": lambda row, _: f"{row['peak_extra_bytes'] / 2**20:.1f}" if _has(row, "peak_extra_bytes") else "",
 }
-LEFT = {"shape", "dtype", "pass", "provider", "result"}  # columns of words; numbers stand on the right
+LEFT = {"shape", "dtype", "pass", "provider"}  # columns of words; numbers stand on the right
 
 
 def page(rows: list[Row]) -> str:

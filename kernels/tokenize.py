@@ -46,8 +46,10 @@ class Tiles:
 # large tile do not fit into the tensor memory of 100, so that bytes are read there.
 FWD_TILES = (
     Tiles((90,), True, (4,), 4096, block_m=128, block_n=256, block_k=128, num_warps=8, num_stages=2),
-    Tiles((90, 100), True, (1,), 4096, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
-    Tiles((80,), True, (4, 1), 4096, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tiles((90,), True, (1,), 4096, block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+    Tiles((100,), True, (1,), 4096, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80,), True, (4,), 4096, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80,), True, (1,), 4096, block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3),
     Tiles((80, 90, 100), True, (4, 1), 0, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
     Tiles((80, 90, 100), False, (4, 1), 0, block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=2),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -63,7 +64,7 @@ class Patches:
     def patch_size(self) -> int:
         return self.patch[0] * self.patch[1] * self.run
 
-    @property
+    @cached_property
     def align(self) -> int:
         """The largest number of elements, up to 16 bytes, that divides where any run begins, and its length."""
         if self.crop is not None or self.flip is not None:

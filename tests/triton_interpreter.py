@@ -4,9 +4,10 @@
     with triton_interpreter.running():
         kernels.tokenize_fwd(...)
 
-While it runs, three things of the interpreter are mended, so that its numbers are the hardware's: it multiplies the
-bit patterns of bfloat16 in tl.dot instead of the values, it truncates float32 to bfloat16 instead of rounding to the
-nearest even, and it leaves out tl.device_assert, which the launchers ask for.
+While they run, an address outside the arguments of a kernel fails. And three things of the interpreter are mended, so
+that its numbers are the hardware's: it multiplies the bit patterns of bfloat16 in tl.dot instead of the values, it
+truncates float32 to bfloat16 instead of rounding to the nearest even, and it leaves out tl.device_assert, which the
+launchers ask for.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def running() -> Iterator[None]:
                 if isinstance(member, JITFunction):
                     patch.setattr(module, name, interpreter.InterpretedFunction(member.fn))
         _mend(patch)
+        _watch(patch)
         try:
             yield
         finally:
@@ -89,8 +91,50 @@ def _mend(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(builder, "create_dot", create_dot)
     patch.setattr(builder, "cast_impl", cast_impl)
+    methods = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):  # Triton 3.6 takes loop bounds from arrays as NumPy 2.4 no longer allows
+        methods(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     patch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+def _watch(patch: pytest.MonkeyPatch) -> None:
+    """Reads and writes outside the arguments of a kernel fail."""
+    spans = np.zeros((0, 2), dtype=np.uint64)  # of memory: first byte, and the one after the last
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    prepare, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+
+    def init_args(self, args, kwargs):
+        nonlocal spans
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor) and arg.numel()]
+        spans = np.array([_span(tensor) for tensor in tensors], dtype=np.uint64)
+        return prepare(self, args, kwargs)
+
+    def check(ptrs, mask):
+        first = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)][:, None]
+        after = first + np.uint64(ptrs.get_element_ty().primitive_bitwidth // 8)
+        assert bool(((first >= spans[:, 0]) & (after <= spans[:, 1])).any(1).all()), "an address outside the arguments"
+
+    def create_masked_load(self, ptrs, mask, *rest, **options):
+        check(ptrs, mask)
+        return load(self, ptrs, mask, *rest, **options)
+
+    def create_masked_store(self, ptrs, value, mask, *rest, **options):
+        check(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest, **options)
+
+    patch.setattr(executor, "_init_args_hst", init_args)
+    patch.setattr(builder, "create_masked_load", create_masked_load)
+    patch.setattr(builder, "create_masked_store", create_masked_store)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
 def _widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+import vatt_engine._C  # so that it can be replaced
 from cuda_emulator import CSRC, build
 
 import vatt_engine
-import vatt_engine._C  # so that it can be replaced
 from vatt_engine.ops import tokenize_native
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
 from vatt_engine.testing import assert_within_budget, randn

@@ -216,12 +216,13 @@ def patches_at(keep, crop):
 
 
 def test_corners_beyond_two_to_the_31():
-    """More than 2^31 bytes between samples, and between the first and the last frame (memory that nobody touches)."""
-    flat = torch.empty(2**32 + 2**29, dtype=U8)
-    video = flat.as_strided((2, 3, 2, 4, 1), (2**31 + 2**20, 2**30 + 2**10, 4, 1, 1))
-    patches = kernels.Patches(video, None, None, torch.tensor([False, True]), (2, 4), (1, 2, 2), False)
+    """Strides below 2^31 elements whose multiples are not (memory that nobody touches)."""
+    sample, frame = 2**30 + 2**20, 2**30 + 2**10
+    video = torch.empty(2**32 + 2**29, dtype=U8).as_strided((3, 3, 2, 4, 1), (sample, frame, 4, 1, 1))
+    patches = kernels.Patches(video, None, None, torch.tensor([False, True, False]), (2, 4), (1, 2, 2), False)
     with triton_interpreter.running():
-        corner = patches.corners().view(2, 3, 2)
-    frame, sample = 2**30 + 2**10, 2**31 + 2**20
-    assert corner[0].tolist() == [[0, 2], [frame, frame + 2], [2 * frame, 2 * frame + 2]]
-    assert (~corner[1]).tolist() == [[sample + t * frame + 2, sample + t * frame] for t in range(3)]
+        corner = patches.corners().view(3, 3, 2)
+    plain = torch.tensor([[0, 2], [frame, frame + 2], [2 * frame, 2 * frame + 2]])
+    assert torch.equal(corner[0], plain)
+    assert torch.equal(~corner[1], sample + plain.flip(1))
+    assert torch.equal(corner[2], 2 * sample + plain)

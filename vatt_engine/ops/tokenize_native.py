@@ -94,7 +94,7 @@ def _row_sums(
     grad: Tensor, keep: Tensor | None, agg: bool, num_tokens: int, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dbias [D], dpos [N, D] and dagg [D] in float32, empty where not needed."""
-    dbias = dpos = dagg = grad.new_empty(0, dtype=torch.float32)
+    dbias, dpos, dagg = (grad.new_empty(0, dtype=torch.float32) for _ in range(3))  # an op's outputs share no memory
     rows = grad[:, int(agg) :]
     if needs[2] and keep is not None and keep.ndim == 2:
         rows = rows.flatten(0, 1).float()

@@ -18,10 +18,9 @@
 
 namespace vatt {
 namespace sm90 {
-namespace {
 
 constexpr int kProducers = kWarpgroup, kConsumers = 2 * kWarpgroup, kThreads = kProducers + kConsumers;
-constexpr int kChunks = 4;                          // of the video that a producer brings to each step, 32 rows apart
+inline constexpr int kChunks = 4;                   // of the video that a producer brings to each step, 32 rows apart
 constexpr int kVideoSide = 128, kMatrixSide = 256;  // outputs of a block along the operand from the video, the other
 constexpr int kDepth = 64;                          // of one step of the sum: a row of 128 bytes
 constexpr int kStages = 4;
@@ -34,7 +33,7 @@ constexpr int kFwdStagingRow = kMatrixSide + 8, kBwdStagingRow = kVideoSide + 4;
 static_assert(kVideoSide * kFwdStagingRow * 4 <= kTileBytes && kMatrixSide * kBwdStagingRow * 4 <= kTileBytes);
 
 // Barriers: a stage is full for a group of consumers, a stage is empty, one part among itself.
-constexpr int kProducersOnly = 1, kConsumersOnly = 2, kFirstFull = 3, kFirstEmpty = kFirstFull + 2 * kStages;
+inline constexpr int kProducersOnly = 1, kConsumersOnly = 2, kFirstFull = 3, kFirstEmpty = kFirstFull + 2 * kStages;
 static_assert(kFirstEmpty + kStages <= 16);
 
 __device__ __forceinline__ int full(int i, int group) { return kFirstFull + 2 * (i % kStages) + group; }
@@ -128,6 +127,8 @@ __device__ __forceinline__ int video_index(int i) {
   return static_cast<int>(threadIdx.x - kProducers) / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
 }
 __device__ __forceinline__ int matrix_index(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
+
+namespace {
 
 // out[i, d] = scale (sum_p x[i, p] W[d, p] + 1/2 sum_p W[d, p]) + bias[d] + pos[token(i), d] for 128 x 256 of (i, d).
 template <typename T, bool kBytes>

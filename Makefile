@@ -17,7 +17,7 @@ python_sources := vatt_engine kernels tests benchmarks setup.py
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | lint | bench | gpu [PART=test|ops|step|data] | clean"
+	@echo "make demo | test [FAST=1] | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
@@ -47,17 +47,14 @@ lint: setup
 	ruff format --check $(python_sources)
 	clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
+# BENCH_ARGS="--results benchmarks/results" keeps the results; `python -m benchmarks.report` makes tables of them.
 bench: setup
-	$(PY) -m pytest benchmarks --benchmark-disable-gc $(BENCH_ARGS)
+	$(PY) -m pytest benchmarks $(BENCH_ARGS)
 
-# A machine with a GPU brings its own torch and need not reach a package index: nothing is installed here.
-PART ?= test
-gpu_test := tests/ops tests/test_native.py
-gpu_ops := benchmarks
+# A machine with a GPU brings its own torch and need not reach a package index: nothing is installed here. Each call
+# takes less than nine minutes and goes on where the last one stopped; results go to $OUT where that is set.
 gpu:
-	@test -n "$(gpu_$(PART))" || { echo "make gpu: PART must be test or ops, got $(PART); step and data are not there yet." >&2; exit 2; }
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest $(gpu_$(PART))
+	$(PYTHON) -m benchmarks.gpu $(PART) --results $(or $(OUT),benchmarks/results) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vatt_engine/_C.*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,88 +1,87 @@
-"""tokenize_video, forward and backward: uint8 read once, kept patches only, against Conv3d over the float clip."""
+"""tokenize_video: uint8 read once and kept patches only, against Conv3d over the float clip and against a gather first.
 
-from dataclasses import dataclass
+y[b, 0] = agg,  y[b, 1 + k] = weight @ patch(video[b], keep[k]) + bias + pos[keep[k]]
+"""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
-from vatt_engine.dispatch import available_impls, use_impl
+from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, compiled
 from vatt_engine.ops import tokenize_video
-from vatt_engine.testing import assert_within_budget, impls_of, randn
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    frames: int
-    size: int
-    dim: int
-    kept: int
-    patch: tuple[int, int, int] = (4, 16, 16)
-
-
-SHAPES = {"demo": Shape(16, 8, 48, 128, 9), "base": Shape(4, 32, 224, 768, 784)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from vatt_engine.testing import randn
 
 
 def inputs(shape, dtype, device):
     generator = torch.Generator().manual_seed(0)
     clip = (shape.batch, shape.frames, shape.size, shape.size, 3)
-    t, h, w = shape.patch
-    tokens = (shape.frames // t) * (shape.size // h) * (shape.size // w)
-    video = torch.randint(0, 256, clip, generator=generator, dtype=torch.uint8)
-    keep = torch.randperm(tokens, generator=generator)[: shape.kept]
-    weight = randn(shape.dim, 3 * t * h * w, seed=1, dtype=dtype).div_((3 * t * h * w) ** 0.5)
-    bias = randn(shape.dim, seed=2, dtype=dtype)
-    return [tensor.to(device) for tensor in (video, keep, weight, bias)]
+    tensors = {
+        "weight": randn(shape.dim, shape.patch_size, seed=1, dtype=dtype).div_(shape.patch_size**0.5),
+        "bias": randn(shape.dim, seed=2, dtype=dtype),
+        "pos": randn(shape.tokens, shape.dim, seed=3, dtype=dtype),
+        "agg": randn(shape.dim, seed=4, dtype=dtype),
+        "video": torch.randint(0, 256, clip, generator=generator, dtype=torch.uint8),
+        "keep": torch.randperm(shape.tokens, generator=generator)[: shape.kept],
+    }
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def conv3d(video, keep, weight, bias, patch):
+def op(shape, video, weight, bias, pos, agg, keep):
+    return tokenize_video(video, weight, bias, pos=pos, agg=agg, keep=keep, patch=shape.patch)
+
+
+def conv3d(shape, video, weight, bias, pos, agg, keep):
     """The eager way of other projects: the whole clip as float, every token projected, half of them dropped."""
     scaled = (video.to(weight.dtype) * 2 / 255 - 1).permute(0, 4, 1, 2, 3)
-    kernel = weight.view(len(weight), *patch, 3).permute(0, 4, 1, 2, 3)
-    return F.conv3d(scaled, kernel, bias, stride=patch).flatten(2).mT[:, keep]
+    kernel = weight.view(len(weight), *shape.patch, 3).permute(0, 4, 1, 2, 3)
+    tokens = F.conv3d(scaled, kernel, bias, stride=shape.patch).flatten(2).mT + pos
+    return torch.cat([agg.expand(len(video), 1, -1), tokens[:, keep]], dim=1)
 
 
-def implementation(name):
-    def tokenize(video, keep, weight, bias, patch):
-        with use_impl(tokenize=name):
-            return tokenize_video(video, weight, bias, keep=keep, patch=patch)
-
-    return tokenize
-
-
-def check(name, provider, video, keep, weight, bias, patch):
-    """Ours inside the error budget; a peer in float64, since how it rounds below that is not ours to judge."""
-    reference = implementation("reference")
-    exact = reference(video, keep, weight.double(), bias.double(), patch)
-    if name in available_impls("tokenize", video.device.type):
-        actual = provider(video, keep, weight, bias, patch)
-        assert_within_budget(actual, reference(video, keep, weight, bias, patch), exact, name=name)
-    else:
-        torch.testing.assert_close(provider(video, keep, weight.double(), bias.double(), patch), exact)
+def gather_first(shape, video, weight, bias, pos, agg, keep):
+    """The best that plain PyTorch does: kept patches are gathered as bytes, scaled, and given to the library's GEMM."""
+    (grid_t, grid_h, grid_w), (t, h, w) = shape.grid, shape.patch
+    cells = video.view(-1, grid_t, t, grid_h, h, grid_w, w, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    sample = torch.arange(len(video), device=video.device)[:, None]
+    patches = cells[sample, keep // (grid_h * grid_w), keep // grid_w % grid_h, keep % grid_w].flatten(2)
+    tokens = F.linear(patches.to(weight.dtype) * 2 / 255 - 1, weight, bias) + pos[keep]
+    return torch.cat([agg.expand(len(video), 1, -1), tokens], dim=1)
 
 
-PROVIDERS = [(name, device, implementation(name)) for name, device in impls_of("tokenize")]
-PROVIDERS += [("conv3d", device, conv3d) for device in dict.fromkeys(device for _, device in impls_of("tokenize"))]
+def bytes_moved(shape, dtype, passes):
+    """Kept pixels and parameters read, tokens written; backward reads pixels and gradients, writes the parameters'."""
+    pixels = shape.batch * shape.kept * shape.patch_size
+    tokens = shape.batch * (shape.kept + 1) * shape.dim * dtype.itemsize
+    weight, vectors = shape.dim * shape.patch_size * dtype.itemsize, 2 * shape.dim * dtype.itemsize
+    position = shape.dim * dtype.itemsize
+    forward = pixels + weight + vectors + shape.kept * position + tokens
+    backward = pixels + tokens + weight + vectors + shape.tokens * position
+    return forward + (backward if passes == FORWARD_BACKWARD else 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("name", "device", "provider"), PROVIDERS, ids=[f"{n}-{d}" for n, d, _ in PROVIDERS])
-def test_tokenize_video(benchmark, name, device, provider, shape, dtype):
-    benchmark.group = f"tokenize {shape} {dtype} {device}"
-    shape = SHAPES[shape]
-    video, keep, weight, bias = inputs(shape, DTYPES[dtype], device)
-    weight.requires_grad_(), bias.requires_grad_()
+def flops(shape, _dtype, passes):
+    """The projection of kept patches; backward, the weight's gradient, is as much again."""
+    product = 2 * shape.batch * shape.kept * shape.patch_size * shape.dim
+    return product * (2 if passes == FORWARD_BACKWARD else 1)
 
-    check(name, provider, video, keep, weight.detach(), bias.detach(), shape.patch)
-    dy = randn(shape.batch, shape.kept, shape.dim, seed=3, dtype=weight.dtype, device=device)
 
-    def step():
-        provider(video, keep, weight, bias, shape.patch).backward(dy)
-        weight.grad = bias.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
+BENCH = Bench(
+    name="tokenize",
+    stem="tokenize",
+    op=op,
+    rivals={
+        "eager Conv3d": conv3d,
+        "gather-first": gather_first,
+        **compiled("gather-first compiled", gather_first),
+    },
+    inputs=inputs,
+    exact=gather_first,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    metrics=lambda shape, _dtype, seconds: {"us/clip": seconds / shape.batch * 1e6},
+)
 
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+
+@cases(BENCH)
+def test_tokenize(measure, case):
+    measure(BENCH, case)

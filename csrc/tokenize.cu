@@ -13,10 +13,9 @@ namespace {
 
 // out[i, d] = scale (sum_p x[i, p] W[d, p] + 1/2 sum_p W[d, p]) + bias[d] + pos[token(i), d] for 128 x 128 of (i, d).
 template <typename T, bool kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_fwd_kernel(const __grid_constant__ TokenizeFwdParams params) {
-  using Operands = Product<T, false>;
-  constexpr int kChunks = kDepth<T> / kChunk, kRowStep = kThreads / kChunks, kRows = kTile / kRowStep;
+  constexpr int kChunks = kDepth<T> / kChunk, kRowStep = kThreads<T> / kChunks, kRows = kTile / kRowStep;
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
   const int column_tiles = (dim + kTile - 1) / kTile;
@@ -31,37 +30,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int64_t patches[kRows];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) patches[j] = find_patch(params.rows, row0 + row + j * kRowStep);
-  ByteChunk bytes[kRows];
-  bool loaded[kRows] = {};
-  Operands product;
-  const int steps = (size + kDepth<T> - 1) / kDepth<T>;
+  VideoTile<T, 128, kBytes, kRows, kRowStep> video(row, chunk);
+  Product<T, false> product;
   run_steps(
-      steps, [](int) {},
+      (size + kDepth<T> - 1) / kDepth<T>, [](int) {},
       [&](int i) {
-        if (i >= steps) return;
-        copy_tile<T, kThreads, kTile, 128>(weight_tiles + i % kMatrixBuffers * kTileBytes, weight, size, column0,
-                                           i * kDepth<T>, aligned, [&](int n) { return column0 + n < dim; });
+        copy_tile<T, kThreads<T>, kTile, 128>(weight_tiles + i % kMatrixBuffers * kTileBytes, weight, size, column0,
+                                              i * kDepth<T>, aligned, [&](int n) { return column0 + n < dim; });
       },
+      [&](int i) { video.fetch(p, ChunkPlace(p, i * kDepth<T> + chunk * kChunk), [&](int j) { return patches[j]; }); },
       [&](int i) {
-        if constexpr (kBytes) {
-          if (i >= steps) return;
-          const ChunkPlace at(p, i * kDepth<T> + chunk * kChunk);
-#pragma unroll
-          for (int j = 0; j < kRows; ++j) loaded[j] = bytes[j].load(p, patches[j], at);
-        }
-      },
-      [&](int i) {
-        if (i >= steps) return;
-        unsigned char* tile = video_tiles + i % kVideoBuffers * kTileBytes;
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          if (kBytes && loaded[j]) {
-            store_bytes<T, 128>(tile, row + j * kRowStep, chunk, bytes[j]);
-          } else {
-            const ChunkPlace at(p, i * kDepth<T> + chunk * kChunk);
-            store_pixels<T, 128, kBytes>(tile, row + j * kRowStep, chunk, p, patches[j], at);
-          }
-        }
+        video.put(video_tiles + i % kVideoBuffers * kTileBytes, params.rows, row0, i * kDepth<T> + chunk * kChunk);
       },
       [&](int i) {
         product.multiply(video_tiles + i % kVideoBuffers * kTileBytes, weight_tiles + i % kMatrixBuffers * kTileBytes);
@@ -76,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   load8(weight_sum, kBytes ? params.weight_sum : nullptr, column, count);
   load8(bias, params.bias, column, count);
 #pragma unroll 1
-  for (int r = threadIdx.x / 16; r < kTile && row0 + r < params.rows.count(); r += kThreads / 16) {
+  for (int r = threadIdx.x / 16; r < kTile && row0 + r < params.rows.count(); r += kThreads<T> / 16) {
     const int64_t i = row0 + r, b = i / params.rows.per_sample(), k = i % params.rows.per_sample() - params.rows.agg;
     float values[8];
     if (k < 0) {
@@ -94,10 +73,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // sum_i dY[i, d] x[i, p] for 128 x 128 of (d, p) and one of the splits of i: into the workspace, or finished into dW.
 template <typename T, bool kBytes>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_bwd_weight_kernel(const __grid_constant__ TokenizeBwdParams params) {
-  using Operands = Product<T, true>;
-  constexpr int kRowStep = kThreads / (kTile / kChunk), kRows = kDepth<T> / kRowStep;
+  constexpr int kRowBytes = Product<T, true>::kRowBytes;
+  constexpr int kRowStep = kThreads<T> / (kTile / kChunk), kRows = kDepth<T> / kRowStep;
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
   const int column_tiles = (size + kTile - 1) / kTile;
@@ -115,45 +94,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int chunk = threadIdx.x % 4 + threadIdx.x / 8 % 2 * 4;
   const int row = threadIdx.x / 16 * 2 + threadIdx.x / 4 % 2;
   const ChunkPlace at(p, p0 + chunk * kChunk);
-  ByteChunk bytes[kRows];
-  bool loaded[kRows] = {};
-  Operands product;
+  VideoTile<T, kRowBytes, kBytes, kRows, kRowStep> video(row, chunk);
+  Product<T, true> product;
   const auto first_row = [&](int i) { return (first + i) * kDepth<T>; };
   run_steps(
       steps,
       [&](int i) {  // other warps each time
-        const int r = (static_cast<int>(threadIdx.x) + i * kDepth<T>) % kThreads;
-        if (i < steps && r < kDepth<T>) patches[i % 2 * kDepth<T> + r] = find_patch(params.rows, first_row(i) + r);
+        const int r = (static_cast<int>(threadIdx.x) + i * kDepth<T>) % kThreads<T>;
+        if (r < kDepth<T>) patches[i % 2 * kDepth<T> + r] = find_patch(params.rows, first_row(i) + r);
       },
       [&](int i) {
-        if (i >= steps) return;
         const int64_t* found = patches + i % 2 * kDepth<T>;
-        copy_tile<T, kThreads, kDepth<T>, Operands::kRowBytes>(grad_tiles + i % kMatrixBuffers * kTileBytes, grad, dim,
-                                                               first_row(i), d0, aligned,
-                                                               [&](int r) { return found[r] != kNoPatch; });
+        copy_tile<T, kThreads<T>, kDepth<T>, kRowBytes>(grad_tiles + i % kMatrixBuffers * kTileBytes, grad, dim,
+                                                        first_row(i), d0, aligned,
+                                                        [&](int r) { return found[r] != kNoPatch; });
       },
+      [&](int i) { video.fetch(p, at, [&](int j) { return patches[i % 2 * kDepth<T> + row + j * kRowStep]; }); },
       [&](int i) {
-        if constexpr (kBytes) {
-          if (i >= steps) return;
-#pragma unroll
-          for (int j = 0; j < kRows; ++j) {
-            loaded[j] = bytes[j].load(p, patches[i % 2 * kDepth<T> + row + j * kRowStep], at);
-          }
-        }
-      },
-      [&](int i) {
-        if (i >= steps) return;
-        unsigned char* tile = video_tiles + i % kVideoBuffers * kTileBytes;
-#pragma unroll
-        for (int j = 0; j < kRows; ++j) {
-          const int r = row + j * kRowStep;
-          if (kBytes && loaded[j]) {
-            store_bytes<T, Operands::kRowBytes>(tile, r, chunk, bytes[j]);
-          } else {  // the table may already hold another step
-            const int64_t patch = find_patch(params.rows, first_row(i) + r);
-            store_pixels<T, Operands::kRowBytes, kBytes>(tile, r, chunk, p, patch, at);
-          }
-        }
+        video.put(video_tiles + i % kVideoBuffers * kTileBytes, params.rows, first_row(i), p0 + chunk * kChunk);
       },
       [&](int i) {
         product.multiply(grad_tiles + i % kMatrixBuffers * kTileBytes, video_tiles + i % kVideoBuffers * kTileBytes);
@@ -165,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int group = threadIdx.x % 16, column = p0 + group * 8, count = size - column;
   if (count <= 0) return;
 #pragma unroll 1
-  for (int r = threadIdx.x / 16; r < kTile && d0 + r < dim; r += kThreads / 16) {
+  for (int r = threadIdx.x / 16; r < kTile && d0 + r < dim; r += kThreads<T> / 16) {
     float values[8];
     load8(values, staging, r * kStagingRow + group * 8, 8);
     const int64_t index = static_cast<int64_t>(d0 + r) * size + column;
@@ -185,14 +143,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename T>
 void launch_fwd(const TokenizeFwdParams& params, int64_t blocks, cudaStream_t stream) {
   const bool bytes = params.rows.patches.video_dtype == DType::kUInt8;
-  launch(bytes ? tokenize_fwd_kernel<T, true> : tokenize_fwd_kernel<T, false>, static_cast<unsigned>(blocks), kThreads,
-         kSharedBytes, stream, params);
+  launch(bytes ? tokenize_fwd_kernel<T, true> : tokenize_fwd_kernel<T, false>, static_cast<unsigned>(blocks),
+         kThreads<T>, kSharedBytes, stream, params);
 }
 
 template <typename T>
 void launch_bwd(const TokenizeBwdParams& params, dim3 grid, cudaStream_t stream) {
   const bool bytes = params.rows.patches.video_dtype == DType::kUInt8;
-  launch(bytes ? tokenize_bwd_weight_kernel<T, true> : tokenize_bwd_weight_kernel<T, false>, grid, kThreads,
+  launch(bytes ? tokenize_bwd_weight_kernel<T, true> : tokenize_bwd_weight_kernel<T, false>, grid, kThreads<T>,
          kSharedBytes + 2 * kDepth<T> * sizeof(int64_t), stream, params);
 }
 
@@ -217,6 +175,9 @@ void tokenize_bwd_weight_mma(const TokenizeBwdParams& params, DType dtype, int d
 }
 
 int64_t tokenize_bwd_splits(int64_t rows, int64_t dim, int64_t patch_size, int device) {
+  // Writing and reading a split again costs about as much as multiplying so many rows: estimated from 4 TB/s and
+  // 600 TFLOP/s, not measured.
+  constexpr double kRowsOfASplit = 600;
   int processors = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t places = 2 * processors;  // blocks at a time
@@ -226,7 +187,7 @@ int64_t tokenize_bwd_splits(int64_t rows, int64_t dim, int64_t patch_size, int d
   double least = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
     const double rounds = static_cast<double>((tiles * splits + places - 1) / places) / splits;
-    const double cost = rounds + 0.02 * splits;  // each more is written and read again
+    const double cost = rounds + splits * kRowsOfASplit / rows * tiles / places;
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return best;

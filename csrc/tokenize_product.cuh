@@ -1,4 +1,4 @@
-// The product of two tiles in shared memory, 128 x 128 outputs by 128 threads, and its way to global memory.
+// The product of two tiles in shared memory, 128 x 128 outputs by a block, and its way to global memory.
 #pragma once
 
 #include <type_traits>
@@ -9,14 +9,19 @@
 
 namespace vatt {
 
-constexpr int kTile = 128;     // outputs of a block along either side
-constexpr int kThreads = 128;  // warps 2 x 2, each with 64 x 64 outputs
-constexpr int kBlocks = 2;     // at a time on a multiprocessor of sm_80: registers and shared memory suffice for two
+constexpr int kTile = 128;  // outputs of a block along either side
 constexpr int kTileBytes = 16 << 10;
 constexpr int kVideoBuffers = 2, kMatrixBuffers = 3;
 constexpr int kSharedBytes = (kVideoBuffers + kMatrixBuffers) * kTileBytes;
 constexpr int kStagingRow = kTile + 8;  // floats; the padding keeps the fragments' rows in different banks
 static_assert(kTile * kStagingRow * 4 <= kSharedBytes);
+
+// For halves 2 x 2 warps with 64 x 64 outputs each, and two blocks at a time on a multiprocessor of sm_80; float32
+// needs the registers of both for one.
+template <typename T>
+constexpr int kThreads = std::is_same_v<T, float> ? 256 : 128;
+template <typename T>
+constexpr int kBlocks = 256 / kThreads<T>;
 
 // Depth of one step of the sum: what fits a tile.
 template <typename T>
@@ -82,57 +87,60 @@ class Product {
   float sum_[4][8][4] = {};
 };
 
-// float32 with its own multiplications: a thread has 16 x 8 outputs.
+// float32 with its own multiplications: a thread has 8 x 8 outputs. Each step is summed by itself and then added, which
+// keeps the error of long sums near that of the library's.
 template <bool kDepthFirst>
 class Product<float, kDepthFirst> {
  public:
   static constexpr int kRowBytes = kDepthFirst ? kTile * sizeof(float) : 128;
 
   __device__ __forceinline__ void multiply(const unsigned char* a, const unsigned char* b) {
+    float step[8][8] = {};
     if constexpr (kDepthFirst) {
-#pragma unroll 2
+#pragma unroll 4
       for (int k = 0; k < kDepth<float>; ++k) {
-        float a_values[16], b_values[8];
+        float a_values[8], b_values[8];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) load4(a_values + 4 * i, a + tile_offset<kRowBytes>(k, row() + 8 * i));
+        for (int i = 0; i < 2; ++i) {
+          load4(a_values + 4 * i, a + tile_offset<kRowBytes>(k, row() + 16 * i));
+          load4(b_values + 4 * i, b + tile_offset<kRowBytes>(k, column() + 16 * i));
+        }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) load4(b_values + 4 * j, b + tile_offset<kRowBytes>(k, column() + 16 * j));
+        for (int i = 0; i < 8; ++i) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum_[i][j] = fmaf(a_values[i], b_values[j], sum_[i][j]);
+          for (int j = 0; j < 8; ++j) step[i][j] = fmaf(a_values[i], b_values[j], step[i][j]);
         }
       }
     } else {
 #pragma unroll 1
       for (int piece = 0; piece < 8; ++piece) {
-        float b_values[8][4];
+        float a_values[8][4];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) load4(b_values[j], b + tile_offset<kRowBytes>(column() + 16 * j, piece));
+        for (int i = 0; i < 8; ++i) load4(a_values[i], a + tile_offset<kRowBytes>(row() + 16 * i, piece));
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          float a_values[4];
-          load4(a_values, a + tile_offset<kRowBytes>(row() + 8 * i, piece));
+        for (int j = 0; j < 8; ++j) {
+          float b_values[4];
+          load4(b_values, b + tile_offset<kRowBytes>(column() + 16 * j, piece));
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum_[i][j] = fmaf(a_values[k], b_values[j][k], sum_[i][j]);
+            for (int i = 0; i < 8; ++i) step[i][j] = fmaf(a_values[i][k], b_values[k], step[i][j]);
           }
         }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum_[i][j] += step[i][j];
     }
   }
 
   __device__ __forceinline__ void stage(float* staging) const {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        // Depth first a thread's outputs are pieces of four, else every 8th row and every 16th column.
-        const int m = kDepthFirst ? 4 * (row() + i / 4 * 8) + i % 4 : row() + 8 * i;
-        const int n = kDepthFirst ? 4 * (column() + j / 4 * 16) + j % 4 : column() + 16 * j;
-        staging[m * kStagingRow + n] = sum_[i][j];
-      }
+      for (int j = 0; j < 8; ++j) staging[index(row(), i) * kStagingRow + index(column(), j)] = sum_[i][j];
     }
   }
 
@@ -140,42 +148,36 @@ class Product<float, kDepthFirst> {
   static __device__ __forceinline__ int row() { return threadIdx.x / 16; }
   static __device__ __forceinline__ int column() { return threadIdx.x % 16; }
 
+  // Depth first a thread's outputs are pieces of four, 16 pieces apart; else every 16th.
+  static __device__ __forceinline__ int index(int first, int i) {
+    return kDepthFirst ? 4 * first + i / 4 * 64 + i % 4 : first + 16 * i;
+  }
+
   static __device__ __forceinline__ void load4(float* values, const unsigned char* from) {
     const float4 four = *reinterpret_cast<const float4*>(from);
     values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
   }
 
-  float sum_[16][8] = {};
+  float sum_[8][8] = {};
 };
 
 // The loop over the depth. Video goes through registers: fetched two steps ahead, put into its tile one step ahead; the
-// matrix is copied in the background two steps ahead; prepare(i) may fill a table that fetch(i) and copy(i) read.
-// fetch, put, copy and prepare do nothing for steps behind the last.
+// matrix is copied in the background two steps ahead; prepare(i) may fill a table, one of two, that fetch(i) and
+// copy(i) read. They do nothing for steps that there are not.
 template <typename Prepare, typename Copy, typename Fetch, typename Put, typename Multiply>
 __device__ __forceinline__ void run_steps(int steps, const Prepare& prepare, const Copy& copy, const Fetch& fetch,
                                           const Put& put, const Multiply& multiply) {
   prepare(0);
-  prepare(1);
-  __syncthreads();
-  copy(0);
-  cp_async_commit();
-  copy(1);
-  cp_async_commit();
-  fetch(0);
-  put(0);
-  fetch(1);
-  __syncthreads();
-  prepare(2);
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
+  for (int i = -2; i < steps; ++i) {
     cp_async_wait<1>();
     __syncthreads();  // step i has landed for all, and nobody reads the tiles of step i - 1 any more
-    copy(i + 2);
+    if (i + 2 < steps) copy(i + 2);
     cp_async_commit();
-    put(i + 1);
-    fetch(i + 2);
-    multiply(i);
-    prepare(i + 3);
+    if (i + 1 >= 0 && i + 1 < steps) put(i + 1);
+    if (i + 2 < steps) fetch(i + 2);
+    if (i >= 0) multiply(i);
+    if (i + 3 < steps) prepare(i + 3);
   }
   cp_async_wait<0>();
   __syncthreads();

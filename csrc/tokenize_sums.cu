@@ -32,38 +32,51 @@ __device__ __forceinline__ void add_row(float (&sum)[8], const T* row, int count
   }
 }
 
+// The sum of rows(begin) .. rows(end - 1), sixteen at a time, which keeps the error of long sums small.
+template <typename Rows>
+__device__ __forceinline__ void add_rows(float (&sum)[8], int64_t begin, int64_t end, const Rows& rows, int count) {
+  constexpr int kAtOnce = 16;
+  for (int64_t first = begin; first < end; first += kAtOnce) {
+    const int more = end - first < kAtOnce ? static_cast<int>(end - first) : kAtOnce;
+    float some[8] = {};
+#pragma unroll 4
+    for (int i = 0; i < more; ++i) add_row(some, rows(first + i), count);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum[j] += some[j];
+  }
+}
+
 // workspace[chunk] = sum of a chunk of the rows: of the tokens of all samples, or of their AGG rows.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params, bool agg_rows) {
   const int dim = static_cast<int>(params.dim), column = first_column(), count = dim - column;
   if (count <= 0) return;
   const int64_t rows = params.batch * (agg_rows ? 1 : params.kept);
   const int64_t begin = rows * blockIdx.x / params.chunks, end = rows * (blockIdx.x + 1) / params.chunks;
   float sum[8] = {};
-#pragma unroll 4
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = agg_rows ? i * (params.kept + 1) : params.agg ? i + i / params.kept + 1 : i;
-    add_row(sum, static_cast<const T*>(params.grad) + row * dim + column, count);
-  }
+  const auto row = [&](int64_t i) {
+    const int64_t at = agg_rows ? i * (params.kept + 1) : params.agg ? i + i / params.kept + 1 : i;
+    return static_cast<const T*>(params.grad) + at * dim + column;
+  };
+  add_rows(sum, begin, end, row, count);
   store8(params.workspace + static_cast<int64_t>(blockIdx.x) * dim + column, sum, count);
 }
 
 // out = sum of the chunks.
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_chunks_kernel(const float* workspace, int64_t chunks, int64_t dim, float* out) {
   const int column = first_column(), count = static_cast<int>(dim) - column;
   if (count <= 0) return;
   float sum[8] = {};
-#pragma unroll 4
-  for (int64_t i = 0; i < chunks; ++i) add_row(sum, workspace + i * dim + column, count);
+  add_rows(sum, 0, chunks, [&](int64_t i) { return workspace + i * dim + column; }, count);
   store8(out + column, sum, count);
 }
 
 // dpos[keep[k]] = sum over the samples, for one kept position k and those after it that hold the same token; where an
 // earlier one does, that one's block has the sum.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     sum_samples_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
   const int64_t k = blockIdx.x;
   const auto token_at = [&](int64_t i) { return params.keep ? params.keep[i * params.keep_stride_k] : i; };
@@ -83,15 +96,15 @@ __global__ void __launch_bounds__(kSumThreads, 8)
   for (int64_t i = k; i < last; ++i) {
     if (token_at(i) != token) continue;
     const T* row = static_cast<const T*>(params.grad) + (params.agg + i) * dim + column;
-#pragma unroll 4
-    for (int64_t b = 0; b < params.batch; ++b) add_row(sum, row + b * (params.kept + params.agg) * dim, count);
+    const int64_t stride = (params.kept + params.agg) * dim;
+    add_rows(sum, 0, params.batch, [&](int64_t b) { return row + b * stride; }, count);
   }
   store8(params.dpos + token * dim + column, sum, count);
 }
 
 // dpos[keep[b, k]] += dy[b, k], in no fixed order.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     scatter_rows_kernel(const __grid_constant__ TokenizeBwdRowsParams params) {
   const int64_t i = blockIdx.x, b = i / params.kept, k = i % params.kept;
   const int64_t token = params.keep[b * params.keep_stride_b + k * params.keep_stride_k];
@@ -108,16 +121,14 @@ __global__ void __launch_bounds__(kSumThreads, 8)
 
 // dW[d, p] = scale (sum over the splits + 1/2 sum_i dY[i, d]).
 template <bool kBytes>
-__global__ void __launch_bounds__(kSumThreads, 8)
+__global__ void __launch_bounds__(kSumThreads, 4)
     tokenize_bwd_reduce_kernel(const __grid_constant__ TokenizeBwdParams params) {
   const int size = static_cast<int>(patch_size(params.rows.patches)), column = first_column(), count = size - column;
   if (count <= 0) return;
   const int64_t d = blockIdx.x;
   float sum[8] = {};
-#pragma unroll 4
-  for (int64_t i = 0; i < params.splits; ++i) {
-    add_row(sum, params.workspace + (i * params.dim + d) * size + column, count);
-  }
+  const float* first = params.workspace + d * size + column;
+  add_rows(sum, 0, params.splits, [&](int64_t i) { return first + i * params.dim * size; }, count);
   if (kBytes) {
     const float half = 0.5f * params.grad_sum[d];
 #pragma unroll

@@ -233,6 +233,48 @@ __device__ __forceinline__ void store_pixels(unsigned char* tile, int row, int c
   });
 }
 
+// A thread's part of a tile of the patch matrix: chunk `chunk` of every kRowStep-th row. Bytes that lie sixteen in a
+// run are fetched into registers long before they are put into the tile; all else is read when it is put.
+template <typename T, int kRowBytes, bool kBytes, int kRows, int kRowStep>
+class VideoTile {
+ public:
+  __device__ __forceinline__ VideoTile(int row, int chunk) : row_(row), chunk_(chunk) {}
+
+  // patch_of(j): the patch of the thread's j-th row.
+  template <typename PatchOf>
+  __device__ __forceinline__ void fetch(const PatchParams& p, const ChunkPlace& at, const PatchOf& patch_of) {
+    if constexpr (kBytes) {
+      waiting_ = 0;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) waiting_ |= !bytes_[j].load(p, patch_of(j), at) << j;
+    }
+  }
+
+  // The tile begins at row `row0` of the patch matrix, the chunk at element `first` of the patch.
+  __device__ __forceinline__ void put(unsigned char* tile, const TokenizeRows& rows, int64_t row0, int first) const {
+    if constexpr (kBytes) {
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        if (!(waiting_ >> j & 1)) store_bytes<T, kRowBytes>(tile, row_ + j * kRowStep, chunk_, bytes_[j]);
+      }
+    }
+    if (waiting_ == 0) return;
+    const ChunkPlace at(rows.patches, first);
+#pragma unroll 1
+    for (int j = 0; j < kRows; ++j) {
+      const int row = row_ + j * kRowStep;
+      if (waiting_ >> j & 1) {
+        store_pixels<T, kRowBytes, kBytes>(tile, row, chunk_, rows.patches, find_patch(rows, row0 + row), at);
+      }
+    }
+  }
+
+ private:
+  int row_, chunk_;
+  ByteChunk bytes_[kRows];
+  unsigned waiting_ = (1u << kRows) - 1;  // rows that are not in bytes_
+};
+
 // Rows row0.. and columns column0.. of a matrix [*, columns] into a tile: in the background where 16 bytes lie aligned,
 // element by element otherwise. Columns behind the last, and rows for which has_row(row of the tile) is false, are
 // zero.

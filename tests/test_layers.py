@@ -29,7 +29,8 @@ ROOMS = {
     "testing": set(),
     **{name: set() for name in LOW},
 }
-OUTSIDE = {"kernels": {"torch", "triton"}}  # all other rooms may import any library, below the top level if optional
+# Beside the standard library; all other rooms may import any library, below the top level if optional.
+OUTSIDE = {"kernels": {"torch", "triton"}}
 VERBS = {"cli", "tasks"}  # may follow their arrows inside functions: a verb loads only what it needs
 NATIVE = {"ops", "data"}  # who may import vatt_engine._C, inside functions
 OPTIONAL = {
@@ -106,7 +107,7 @@ def arrow_faults(source, room, module):
                 faults.append(f"{room} imports {name} inside a function: that hides an arrow")
         elif room == "ops" and name.startswith("vatt_engine.ops.") and not same_op(name, module):
             faults.append(f"{module} imports {name}: ops never import ops")
-        elif top != "vatt_engine" and room in OUTSIDE and top not in OUTSIDE[room] | {"__future__"}:
+        elif top != "vatt_engine" and room in OUTSIDE and top not in OUTSIDE[room] | sys.stdlib_module_names:
             faults.append(f"{room} imports {name}: it may import {sorted(OUTSIDE[room])}")
     return faults
 

@@ -1,11 +1,14 @@
 """tokenize: patches of the kept tokens, scaled, projected, placed; AGG first."""
 
+import sys
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from vatt_engine import dispatch
 from vatt_engine.dispatch import available_impls, unmeasured_impls, use_impl
 from vatt_engine.ops import tokenize_native, tokenize_video, tokenize_waveform
 from vatt_engine.ops.tokenize import _bwd, _fwd
@@ -318,6 +321,27 @@ def test_a_forced_implementation_does_not_fall_back():
             tokenize_video(VIDEO, WEIGHT.double())
         with pytest.raises(RuntimeError, match=r"rows \[W, C\] without gaps"):
             tokenize_video(VIDEO.permute(0, 1, 2, 4, 3).contiguous().permute(0, 1, 2, 4, 3), WEIGHT)
+
+
+def test_without_the_native_module_the_reference_runs_after_one_warning(monkeypatch):
+    weight, bias, pos, agg = parameters(3072, torch.float32, "cpu", tokens=2, agg=True)
+    with use_impl(tokenize="reference"):
+        expected = tokenize_video(VIDEO, weight, bias, pos=pos, agg=agg)
+    monkeypatch.setitem(sys.modules, "vatt_engine._C", None)  # importing it raises ImportError, as an ABI mismatch does
+    monkeypatch.setattr(dispatch, "_WARNED", set())
+    dispatch.native_missing.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                actual = tokenize_video(VIDEO, weight, bias, pos=pos, agg=agg)
+                gradients(actual, (weight, bias, pos, agg))
+        with use_impl(tokenize="cpp"), pytest.raises(RuntimeError, match=r"not built .*run `pip install -e \.`"):
+            tokenize_video(VIDEO, weight, bias)
+    finally:
+        dispatch.native_missing.cache_clear()
+    assert [str(w.message)[:35] for w in caught] == ["tokenize: cpp is not available, the"]
+    assert torch.equal(actual, expected)
 
 
 def test_preference():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing, wgmma_missing
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference, video_bwd_reference
@@ -295,6 +296,7 @@ class _Tokenize(torch.autograd.Function):
         return _fwd(video, weight, bias, pos, agg, keep, crop, flip, size, patch, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         video, weight, keep, crop, flip = ctx.saved_tensors
         where = (keep, crop, flip, *ctx.geometry)

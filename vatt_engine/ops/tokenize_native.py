@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 PIECE_BYTES = 3 << 20  # of the patch matrix, on a CPU
+SUM_CHUNKS = 512  # pieces of a sum over rows on a GPU, each a block's
 
 
 def fwd_cpp(
@@ -128,17 +131,15 @@ class _PatchMatrix:
         agg: bool,
         dtype: torch.dtype,
     ) -> None:
-        from vatt_engine import _C
-
         video = video if video.dtype == torch.uint8 else video.float()
         crop = None if crop is None else crop.contiguous()
-        flip = None if flip is None else flip.contiguous().view(torch.uint8)
-        self._write = _C.tokenize_patches
+        flip = None if flip is None else flip.contiguous()
+        self._write = _native().tokenize_patches
         self._tensors = (video, keep, crop, flip)
         self._geometry = (list(size), list(patch), agg)
         self._dtype = dtype
         self._buffer = torch.empty(0, dtype=dtype)  # of one piece; the next overwrites it
-        self.num_tokens = (video.shape[1] // patch[0]) * (size[0] // patch[1]) * (size[1] // patch[2])
+        self.num_tokens = _num_tokens(video, size, patch)
         self.num_runs, self.run_size = patch[0] * patch[1], patch[2] * video.shape[4]
         self.num_columns = self.num_runs * self.run_size
         kept = torch.arange(self.num_tokens) if keep is None else keep
@@ -160,6 +161,90 @@ class _PatchMatrix:
         if self._buffer.numel() < num_rows * columns:
             self._buffer = torch.empty(num_rows * columns, dtype=self._dtype)
         out = self._buffer[: num_rows * columns].view(num_rows, columns)
-        tensors = [None if tensor is None else to_dlpack(tensor) for tensor in self._tensors]
-        self._write(*tensors, to_dlpack(out), *self._geometry, row, run, torch.get_num_threads())
+        self._write(*_capsules(*self._tensors, out), *self._geometry, row, run, torch.get_num_threads())
         return out
+
+
+def _fwd_cuda(
+    path: str,
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    agg: Tensor | None,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """One kernel, after the weight is rounded to the product's dtype and its rows are summed."""
+    kept = _num_tokens(video, size, patch) if keep is None else keep.shape[-1]
+    out_dtype = dtype if pos is None else torch.promote_types(dtype, pos.dtype)
+    out = video.new_empty(video.shape[0], kept + (agg is not None), weight.shape[0], dtype=out_dtype)
+    weight = weight.to(dtype).contiguous()
+    terms = (None if term is None else term.float().contiguous() for term in (bias, pos, agg))
+    where = (keep, None if crop is None else crop.contiguous(), None if flip is None else flip.contiguous())
+    tensors = _capsules(video, weight, weight.sum(1, dtype=torch.float32), *terms, *where, out)
+    _native().tokenize_fwd_cuda(path, *tensors, list(size), list(patch), _stream(video))
+    return out
+
+
+def _bwd_cuda(
+    path: str,
+    grad: Tensor,
+    video: Tensor,
+    keep: Tensor | None,
+    crop: Tensor | None,
+    flip: Tensor | None,
+    size: Sequence[int],
+    patch: Sequence[int],
+    agg: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums of rows, then dweight: its product with bytes less 128 needs the sum of all rows beside it."""
+    dim, columns = grad.shape[2], patch[0] * patch[1] * patch[2] * video.shape[4]
+    rows = grad.shape[0] * grad.shape[1]
+    empty = functools.partial(grad.new_empty, dtype=torch.float32)
+    dbias, dagg = (empty(dim) if need else None for need in (needs[0] or needs[1], needs[3]))
+    dpos = grad.new_zeros(_num_tokens(video, size, patch), dim, dtype=torch.float32) if needs[2] else None
+    chunks = empty(max(1, min(rows, SUM_CHUNKS)), dim)
+    native, stream = _native(), _stream(grad)
+    native.tokenize_bwd_rows_cuda(*_capsules(grad, keep, dbias, dpos, dagg, chunks), agg, stream)
+    dweight = grad.new_empty(0, dtype=weight_dtype)
+    if needs[0]:
+        dweight = grad.new_empty(dim, columns, dtype=weight_dtype)
+        splits = native.tokenize_bwd_splits(rows, dim, columns, grad.device.index or 0)
+        workspace = empty(splits, dim, columns) if splits > 1 else None
+        where = (keep, None if crop is None else crop.contiguous(), None if flip is None else flip.contiguous())
+        tensors = _capsules(grad.to(dtype), video, *where, dbias, workspace, dweight)
+        native.tokenize_bwd_weight_cuda(path, *tensors, agg, list(size), list(patch), stream)
+    sums = (x if need else empty(0) for x, need in zip((dbias, dpos, dagg), needs[1:]))
+    return dweight, *sums
+
+
+fwd_mma, bwd_mma = functools.partial(_fwd_cuda, "mma"), functools.partial(_bwd_cuda, "mma")
+fwd_wgmma, bwd_wgmma = functools.partial(_fwd_cuda, "wgmma"), functools.partial(_bwd_cuda, "wgmma")
+
+
+def _native() -> ModuleType:
+    from vatt_engine import _C
+
+    return _C
+
+
+def _capsules(*tensors: Tensor | None) -> list[object]:
+    """What native code takes; it knows no bool, which is a byte."""
+    views = (x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in tensors)
+    return [None if x is None else to_dlpack(x) for x in views]
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _num_tokens(video: Tensor, size: Sequence[int], patch: Sequence[int]) -> int:
+    return (video.shape[1] // patch[0]) * (size[0] // patch[1]) * (size[1] // patch[2])

@@ -1,0 +1,181 @@
+"""The sizes that benchmarks run at, by name: bench files hold none of their own.
+
+`SHAPES[bench][place]` with three places: "cpu" and "cuda" are timed there; "sanitizer" are small and ragged, each run
+once on a GPU by benchmarks/sanitize.py, under tools that slow a kernel down a hundred times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize:
+    """A batch of uint8 clips and the tokens kept of each."""
+
+    batch: int
+    frames: int = 32
+    size: int = 224
+    dim: int = 768
+    kept: int = 784
+    patch: tuple[int, int, int] = (4, 16, 16)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        t, h, w = self.patch
+        return self.frames // t, self.size // h, self.size // w
+
+    @property
+    def tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def patch_size(self) -> int:
+        t, h, w = self.patch
+        return t * h * w * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropToken:
+    """Tokens to choose from, and how many stay."""
+
+    batch: int
+    tokens: int
+    kept: int
+    dim: int = 768
+    per_sample: bool = False  # each sample keeps tokens of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Heads of one layer over the tokens of a batch, AGG included."""
+
+    batch: int
+    tokens: int
+    heads: int = 12
+    head_dim: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class NCE:
+    """Pairs of embeddings, with `candidates` texts each."""
+
+    batch: int
+    dim: int
+    candidates: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A model of `vatt_engine.list_models()` and its clips per step, each with `candidates` captions."""
+
+    model: str
+    batch: int
+    candidates: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Media files of `seconds`, and what the loader makes of them."""
+
+    files: int
+    source: tuple[int, int]  # height and width of the files, in pixels, multiples of 8
+    batch: int
+    size: int
+    fps: int
+    frames: int
+    seconds: float
+    samples: int
+    sample_rate: int
+
+
+SHAPES: dict[str, dict[str, dict[str, object]]] = {
+    "tokenize": {
+        "cpu": {
+            "demo": Tokenize(batch=16, frames=8, size=48, dim=128, kept=36, patch=(4, 8, 8)),
+            "base": Tokenize(batch=4),
+        },
+        "cuda": {"base": Tokenize(batch=4), "base-64": Tokenize(batch=64), "medium-64": Tokenize(batch=64, dim=1024)},
+        "sanitizer": {
+            "aligned": Tokenize(batch=2, frames=8, size=32, dim=128, kept=4, patch=(4, 16, 16)),
+            "ragged": Tokenize(batch=3, frames=9, size=37, dim=67, kept=5, patch=(4, 8, 8)),
+            "one": Tokenize(batch=1, frames=4, size=16, dim=1, kept=1, patch=(4, 16, 16)),
+        },
+    },
+    "drop_token": {
+        "cpu": {
+            "demo": DropToken(batch=16, tokens=72, kept=36, dim=128),
+            "video": DropToken(batch=4, tokens=1568, kept=784),
+        },
+        "cuda": {
+            "video-64": DropToken(batch=64, tokens=1568, kept=784),
+            "video-64-each": DropToken(batch=64, tokens=1568, kept=784, per_sample=True),
+            "audio-64": DropToken(batch=64, tokens=1200, kept=600),
+        },
+        "sanitizer": {
+            "ragged": DropToken(batch=3, tokens=37, kept=13, dim=67, per_sample=True),
+            "one": DropToken(batch=1, tokens=1, kept=1, dim=1),
+        },
+    },
+    "attention": {
+        "cpu": {"demo": Attention(batch=4, tokens=37, heads=4, head_dim=32), "video": Attention(batch=1, tokens=785)},
+        "cuda": {
+            "video-64": Attention(batch=64, tokens=785),
+            "audio-64": Attention(batch=64, tokens=601),
+            "video-all-32": Attention(batch=32, tokens=1569),
+            "audio-all-32": Attention(batch=32, tokens=1201),
+        },
+        "sanitizer": {"ragged": Attention(batch=1, tokens=37, heads=2), "one": Attention(batch=1, tokens=1, heads=1)},
+    },
+    "nce": {
+        "cpu": {
+            "demo": NCE(batch=64, dim=128, candidates=5),
+            "video-audio": NCE(batch=1024, dim=512),
+            "video-text": NCE(batch=1024, dim=256, candidates=5),
+            "large": NCE(batch=4096, dim=512),
+        },
+        "cuda": {
+            "video-audio": NCE(batch=1024, dim=512),
+            "video-text": NCE(batch=1024, dim=256, candidates=5),
+            "large": NCE(batch=16384, dim=512),
+        },
+        "sanitizer": {"ragged": NCE(batch=37, dim=67, candidates=3), "one": NCE(batch=1, dim=16)},
+    },
+    "step": {
+        "cpu": {"tiny": Step(model="vatt_tiny", batch=16)},
+        "cuda": {
+            "tiny": Step(model="vatt_tiny", batch=16),
+            "bbs-32": Step(model="vatt_bbs", batch=32),
+            "bbs-128": Step(model="vatt_bbs", batch=128),
+            "ma-medium-32": Step(model="vatt_ma_medium", batch=32),
+        },
+    },
+    "data": {
+        "cpu": {
+            "demo": Data(
+                files=64,
+                source=(64, 64),
+                batch=16,
+                size=48,
+                fps=10,
+                frames=8,
+                seconds=1.4,
+                samples=9600,
+                sample_rate=12000,
+            ),
+            "base": Data(
+                files=16,
+                source=(256, 336),
+                batch=8,
+                size=224,
+                fps=10,
+                frames=32,
+                seconds=4.0,
+                samples=153_600,
+                sample_rate=48_000,
+            ),
+        },
+    },
+}
+SHAPES["sample_keep"] = SHAPES["drop_token"]

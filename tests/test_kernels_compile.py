@@ -1,0 +1,243 @@
+"""Every row of the kernels' config tables, compiled for each architecture it is for: no spills, and memory suffices.
+
+Needs no GPU. `pytest -s tests/test_kernels_compile.py` prints what ptxas gave each kernel. A kernel joins by one line
+in LAUNCHES: a function that yields what its launcher may launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vatt_engine.kernels import drop_token, segment_sum, tokenize, tokenize_patches
+
+pytestmark = pytest.mark.slow
+
+ARCHS = (80, 90, 100)
+# Bytes of shared memory a block may ask for (CUDA programming guide). The rows for 80 also serve 8.6, 8.9 and 12.0,
+# which have least.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_COLUMNS = 512
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+class Launch(NamedTuple):
+    """One kernel as its launcher calls it.
+
+    In `args` "*bf16:16" is a pointer to bfloat16 that 16 divides, "i32" an integer; all else is known at compile time.
+    """
+
+    kernel: Any
+    label: str
+    args: dict[str, Any]
+    archs: tuple[int, ...] = ARCHS
+    tensor_cores: bool = False
+
+
+# A video of [T, 224, 224, 3] read in words, in bytes, in bytes of windows that are cropped and mirrored; a waveform.
+VIDEO = {"P": 3072, "RUN": 48, "CHANNELS": 3, "PATCH_H": 16, "stride_t": "i32", "stride_y": "i32", "FLIP": False}
+READS = {
+    "words": VIDEO | {"video_ptr": "*u8:16", "ALIGN": 16},
+    "bytes": VIDEO | {"video_ptr": "*u8:16", "ALIGN": 16},
+    "windows": VIDEO | {"video_ptr": "*u8:16", "ALIGN": 1, "FLIP": True},
+    "wave": VIDEO | {"video_ptr": "*fp32:16", "ALIGN": 4, "P": 128, "RUN": 128, "CHANNELS": 1, "PATCH_H": 1},
+}
+ROWS = {"num_rows": "i32", "dim": "i32:16", "rows_per_sample": "i32", "corner_ptr": "*i64:16"}
+KEEP = {"keep_ptr": "*i64:16", "keep_stride_b": "i32:16", "keep_stride_k": 1}
+ASSERTS = {"debug": True, "sanitize_overflow": False}
+
+
+def integers(names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), "i32")
+
+
+def tokenize_fwd() -> Iterator[Launch]:
+    terms = {"bias_ptr": "*fp32:16", "pos_ptr": "*fp32:16", "agg_ptr": "*fp32:16", "out_ptr": "*fp32:16"}
+    for tiles in tokenize.FWD_TILES:
+        for read, half in (("words", "bf16"), ("bytes", "bf16"), ("windows", "fp16"), ("wave", "bf16")):
+            word = 4 if read == "words" else 1
+            if word in tiles.words:
+                dtype = half if tiles.half else "fp32"
+                args = READS[read] | ROWS | KEEP | terms | {"weight_ptr": f"*{dtype}:16", "WORD": word}
+                label = f"{read} {dtype} {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+                yield Launch(
+                    tokenize.tokenize_fwd_kernel, label, args | tiles.arguments(), tiles.archs, tensor_cores=tiles.half
+                )
+
+
+def tokenize_bwd() -> Iterator[Launch]:
+    for tiles in tokenize.BWD_TILES:
+        for read, half in (("bytes", "bf16"), ("windows", "fp16"), ("wave", "bf16")):
+            dtype = half if tiles.half else "fp32"
+            args = READS[read] | ROWS | {"grad_ptr": f"*{dtype}:16", "out_ptr": "*fp32:16", "AGG": True}
+            args |= {"rows_per_split": "i32:16"} | tiles.arguments()
+            label = f"{read} {dtype} {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+            yield Launch(tokenize.tokenize_bwd_kernel, label, args, tiles.archs, tensor_cores=tiles.half)
+
+
+def patch_corner() -> Iterator[Launch]:
+    args = integers("num_rows rows_per_sample stride_t stride_y height width size_h size_w grid_t grid_h grid_w")
+    args |= KEEP | {"crop_ptr": "*i64:16", "flip_ptr": "*i1", "corner_ptr": "*i64:16"}
+    args |= {"stride_b": "i64", "AGG": 1, "ALIGN": 1, "CHANNELS": 3, "PATCH_T": 4, "PATCH_H": 16, "PATCH_W": 16}
+    args |= {"BLOCK": tokenize_patches.CORNER_BLOCK, "num_warps": 4} | ASSERTS
+    yield Launch(tokenize_patches.patch_corner_kernel, "windows", args)
+
+
+def drop_tokens() -> Iterator[Launch]:
+    args = integers("num_tokens num_kept width x_stride_b x_stride_n keep_stride_b") | {"x_stride_d": 1}
+    args |= {"x_ptr": "*bf16:16", "keep_ptr": "*i64:16", "out_ptr": "*bf16:16", "keep_stride_k": 1} | ASSERTS
+    for tiles in drop_token.TILES:
+        yield Launch(drop_token.drop_token_fwd_kernel, "bf16", args | tiles.arguments())
+
+
+def sample_keep() -> Iterator[Launch]:
+    args = integers("num_tokens num_kept") | {"seed_ptr": "*i64:16", "sample_id_ptr": "*i64:16", "num_warps": 4}
+    for tiles in drop_token.SORT_TILES:
+        sort = args | {"keep_ptr": "*i64:16", "BLOCK_N": tiles.num_tokens, "num_warps": tiles.num_warps}
+        yield Launch(drop_token.sample_keep_kernel, f"of {tiles.num_tokens}", sort)
+    args = {name: value for name, value in args.items() if name != "num_kept"}
+    args |= {"key_ptr": "*i64:16", "BLOCK_N": drop_token.KEY_BLOCK}
+    yield Launch(drop_token.sample_keys_kernel, "any", args)
+
+
+def segment_sums() -> Iterator[Launch]:
+    args = integers("num_groups width row_stride_z start_stride_z x_rows_z repeat step")
+    args |= {"x_ptr": "*bf16:16", "row_ptr": "*i64:16", "start_ptr": "*i64:16"}
+    for tiles in segment_sum.TILES:
+        for out, acc in (("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)):
+            more = {"out_ptr": f"*{out}:16", "ACC": acc} | tiles.arguments()
+            yield Launch(segment_sum.segment_sum_kernel, f"to {out}", args | more)
+
+
+LAUNCHES = [
+    *tokenize_fwd(),
+    *tokenize_bwd(),
+    *patch_corner(),
+    *drop_tokens(),
+    *sample_keep(),
+    *segment_sums(),
+]
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    args = dict(launch.args)
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = args.pop(name)
+        if isinstance(value, str):
+            signature[name], _, divisor = value.partition(":")
+            if divisor:
+                attributes[(i,)] = [["tt.divisibility", int(divisor)]]
+        else:
+            signature[name], constants[(i,)] = "constexpr", value
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=args)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def report():
+    line = "{:<24} {:<28} {:>4} {:>5} {:>7} {:>7} {:>6}".format
+    rows = [line("kernel", "launch", "arch", "REG", "SHARED", "STACK", "LOCAL")]
+    yield lambda *row: rows.append(line(*row))
+    print("\n" + "\n".join(rows))
+
+
+@pytest.mark.parametrize(
+    ("launch", "arch"),
+    [
+        pytest.param(launch, arch, id=f"{launch.kernel.__name__}-{launch.label}-{arch}")
+        for launch in LAUNCHES
+        for arch in launch.archs
+    ],
+)
+def test_compiles_without_spills(launch, arch, report, tmp_path):
+    kernel = compiled(launch, arch)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    shared = kernel.metadata.shared
+    report(launch.kernel.__name__, launch.label, arch, used["REG"], shared, used["STACK"], used["LOCAL"])
+
+    assert used["STACK"] == used["LOCAL"] == 0, f"{used} spills"
+    assert shared <= SHARED_LIMIT[arch]
+    assert kernel.metadata.tmem_size <= TENSOR_MEMORY_COLUMNS  # beyond it the kernel is but a trap
+    assert ("__assertfail" in kernel.asm["ptx"]) == launch.args.get("debug", False)
+    products = [name for name in TENSOR_CORES.values() if name in kernel.asm["ptx"]]
+    assert products == ([TENSOR_CORES[arch]] if launch.tensor_cores else [])
+
+
+@pytest.mark.parametrize("integer", [1, "i64"])
+@pytest.mark.parametrize(
+    "launch", {launch.kernel: launch for launch in LAUNCHES}.values(), ids=lambda launch: launch.kernel.__name__
+)
+def test_any_integer_compiles(launch, integer):
+    """Triton compiles a kernel anew where an integer is 1 (then a constant) or needs 64 bits."""
+    args = {name: integer if str(value).startswith("i32") else value for name, value in launch.args.items()}
+    assert compiled(launch._replace(args=args), 90).asm["cubin"]
+
+
+class NoGPU:
+    """A driver that names an architecture: launches go as far as the compiled kernel."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return -1  # Triton keeps compiled kernels by device: none that has a GPU gets these
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that launchers compile on CPU tensors; none runs."""
+    names = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        names.append(self.fn.__name__)
+        assert all(extent > 0 for extent in grid)
+        assert run(self, *args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(tokenize, "arch_of", lambda device: 90)
+    return names
+
+
+def test_launchers_call_what_compiles(launched):
+    """The arguments that the launchers really pass: their names, types, options, and what may be None."""
+    video = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
+    weight, keep = torch.zeros(48, 3072), torch.zeros(2, 5, dtype=torch.int64)
+    size, patch = [32, 32], [4, 16, 16]
+    row, pos = torch.zeros(48), torch.zeros(8, 48)
+    crop, flip = torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    out = tokenize.tokenize_fwd(video, weight, row, pos, row, keep, None, None, size, patch, torch.bfloat16)
+    tokenize.tokenize_fwd(video, weight, None, None, None, None, crop, flip, size, patch, torch.float32)
+    needs = [True] * 4
+    rest = (video, keep, None, None, size, patch, True, torch.bfloat16, torch.float32, needs)
+    tokenize.tokenize_bwd(out, *rest)
+    drop_token.drop_token_bwd(drop_token.drop_token_fwd(pos[None], keep[0]), keep[0], 8)
+    for tokens in (8, 10_000):
+        drop_token.sample_keep(torch.tensor(1), keep[:, 0], tokens, 4)
+    assert {launch.kernel.__name__ for launch in LAUNCHES} == set(launched)

@@ -1,8 +1,5 @@
-// Tokens of raw video on sm_90a. The same products as in tokenize.cu, by two warpgroups with 64 x 256 outputs each.
-// wgmma reads both operands from shared memory in the background; meanwhile its warpgroups convert the video's next
-// tile.
-#include <cstring>
-
+// Tokens of raw video on sm_90a. The same products as in tokenize.cu, by two warpgroups with 64 x 256 outputs each:
+// wgmma reads both operands from shared memory in the background, and a third warpgroup fills it, converting the video.
 #include "check.h"
 #include "cuda_utils.cuh"
 #include "tokenize_device.h"
@@ -20,7 +17,6 @@ namespace vatt {
 namespace sm90 {
 
 constexpr int kProducers = kWarpgroup, kConsumers = 2 * kWarpgroup, kThreads = kProducers + kConsumers;
-inline constexpr int kChunks = 4;                   // of the video that a producer brings to each step, 32 rows apart
 constexpr int kVideoSide = 128, kMatrixSide = 256;  // outputs of a block along the operand from the video, the other
 constexpr int kDepth = 64;                          // of one step of the sum: a row of 128 bytes
 constexpr int kStages = 4;
@@ -77,6 +73,7 @@ __device__ __forceinline__ void produce(int steps, const Prepare& prepare, const
 // The consumers' part: sum[video, matrix] += the products of all steps.
 template <typename T, bool kAcrossRows>
 __device__ __forceinline__ void consume(float (&sum)[128], int steps, unsigned char* tiles, int group) {
+  if (shared_address(tiles) % kPatternBytes) __trap();
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     barrier_sync(full(i, group), kProducers + kWarpgroup);

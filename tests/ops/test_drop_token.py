@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.dlpack import to_dlpack
 
 from vatt_engine import dispatch, ops
@@ -193,6 +194,23 @@ def test_a_missing_extension_degrades_with_one_warning(monkeypatch):
         dispatch.native_missing.cache_clear()
     assert ["drop_token: cpp is not available" in str(w.message) for w in caught] == [True]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def test_the_door_never_waits_for_the_device():
+    """A seed is filled in, not copied; nothing is read back."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seed, ids = torch.tensor([5]), torch.arange(3)
+    with Record():
+        ops.sample_keep(9, 4, seed=5)
+        ops.sample_keep(9, 4, seed=seed, sample_id=ids)
+    assert called[:2] == ["aten.full.default", "vatt.sample_keep.default"]
+    assert not {"aten._local_scalar_dense.default", "aten._to_copy.default"} & set(called)
 
 
 def test_what_exists_and_in_which_order():

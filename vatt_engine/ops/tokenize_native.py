@@ -66,16 +66,14 @@ def bwd_cpp(
     """dweight by pieces of columns, so that no sum over tokens is taken in steps; the others are sums of rows."""
     dim, product = grad.shape[2], _product_dtype(dtype)
     patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg, product)
-    dweight = grad.new_empty(dim if needs[0] else 0, patches.num_columns, dtype=weight_dtype)
+    dweight = grad.new_empty((dim, patches.num_columns) if needs[0] else (0,), dtype=weight_dtype)
     if needs[0]:
         transposed = grad.view(-1, dim).to(product).T
         step = max(1, PIECE_BYTES // max(1, patches.num_rows * patches.run_size * product.itemsize))
         for run in range(0, patches.num_runs, step):
             piece = patches.columns(run, min(step, patches.num_runs - run))
             dweight[:, run * patches.run_size :][:, : piece.shape[1]] = transposed @ piece
-    dbias, dpos = _token_sums(grad, keep, agg, patches, needs)
-    dagg = grad[:, 0].sum(0, dtype=torch.float32) if needs[3] else grad.new_empty(0, dtype=torch.float32)
-    return dweight if needs[0] else dweight.flatten(), dbias, dpos, dagg
+    return dweight, *_row_sums(grad, keep, agg, patches.num_tokens, needs)
 
 
 def _start_rows(
@@ -92,24 +90,26 @@ def _start_rows(
         rows[-first % patches.rows_per_sample :: patches.rows_per_sample] = agg.to(rows.dtype)
 
 
-def _token_sums(
-    grad: Tensor, keep: Tensor | None, agg: bool, patches: _PatchMatrix, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dbias [D] and dpos [N, D], in float32, empty where not needed."""
-    dbias = dpos = grad.new_empty(0, dtype=torch.float32)
+def _row_sums(
+    grad: Tensor, keep: Tensor | None, agg: bool, num_tokens: int, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dbias [D], dpos [N, D] and dagg [D] in float32, empty where not needed."""
+    dbias, dpos, dagg = (grad.new_empty(0, dtype=torch.float32) for _ in range(3))  # an op's outputs share no memory
+    rows = grad[:, int(agg) :]
     if needs[2] and keep is not None and keep.ndim == 2:
-        rows = grad[:, int(agg) :].flatten(0, 1).float()
-        dpos = torch.zeros(patches.num_tokens, rows.shape[1])
+        rows = rows.flatten(0, 1).float()
+        dpos = rows.new_zeros(num_tokens, rows.shape[1])
         dpos.scatter_add_(0, keep.flatten()[:, None].expand_as(rows), rows)
-        return dpos.sum(0) if needs[1] else dbias, dpos
-    if needs[1] or needs[2]:
-        over_samples = grad[:, int(agg) :].sum(0, dtype=torch.float32)
-        dbias = over_samples.sum(0) if needs[1] else dbias
+        dbias = dpos.sum(0) if needs[1] else dbias
+    elif needs[1] or needs[2]:
+        by_position = rows.sum(0, dtype=torch.float32)
+        dbias = by_position.sum(0) if needs[1] else dbias
         if needs[2]:
-            dpos = over_samples
-            if keep is not None:
-                dpos = torch.zeros(patches.num_tokens, grad.shape[2]).index_add_(0, keep, over_samples)
-    return dbias, dpos
+            zeros = by_position.new_zeros(num_tokens, rows.shape[2])
+            dpos = by_position if keep is None else zeros.index_add_(0, keep, by_position)
+    if needs[3]:
+        dagg = grad[:, 0].sum(0, dtype=torch.float32)
+    return dbias, dpos, dagg
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

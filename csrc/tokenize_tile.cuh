@@ -86,62 +86,63 @@ __device__ __forceinline__ void each_element(const PatchParams& p, int64_t patch
   }
 }
 
-// Sixteen bytes as they are, on their way through registers; 128 where there is no patch, which becomes zero.
-struct ByteChunk {
-  uint32_t words[kChunk / 4];
-
+// Sixteen bytes on their way through registers: load() starts the reading by aligned words of four (one of sixteen,
+// where they lie so), get(), as late as possible, waits for them and puts the bytes in order. 128, which becomes zero,
+// where there is no patch.
+class ByteChunk {
+ public:
   // False if the chunk has to go by store_pixels.
   __device__ __forceinline__ bool load(const PatchParams& p, int64_t patch, const ChunkPlace& at) {
 #pragma unroll
-    for (uint32_t& word : words) word = 0x80808080u;
+    for (uint32_t& word : words_) word = 0x80808080u;
+    how_ = 0;
     if (patch == kNoPatch || at.first >= at.size) return true;
     if (!at.whole) return false;
-    const uint8_t* pixels = static_cast<const uint8_t*>(p.video) + (patch >> 1) + at.start;
-    const int length = static_cast<int>(run_length(p));
-    if (patch & 1) {
-      load_mirrored(pixels, length, static_cast<int>(p.channels), at.in_run);
-    } else if (reinterpret_cast<uintptr_t>(pixels + at.in_run) % 16 == 0) {
-      const uint4 all = *reinterpret_cast<const uint4*>(pixels + at.in_run);
-      words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    const uint8_t* run = static_cast<const uint8_t*>(p.video) + (patch >> 1) + at.start;
+    const int length = static_cast<int>(run_length(p)), channels = static_cast<int>(p.channels);
+    // Element e = x * C + c of a mirrored run is its byte C * (width - 1) - e + 2 c. So of the 20 bytes from
+    // C * (width - 1) - in_run - 15 on, byte 15 - i + 2 c is element i, and four elements come out of two words.
+    const bool mirrored = patch & 1;
+    const int from = mirrored ? length - channels - at.in_run - 15 : at.in_run;
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(run + from) % 4);
+    how_ = 8 * shift | mirrored << 5 | at.in_run % channels << 8 | channels << 16;
+    if (!mirrored && reinterpret_cast<uintptr_t>(run + from) % 16 == 0) {
+      const uint4 all = *reinterpret_cast<const uint4*>(run + from);
+      words_[0] = all.x, words_[1] = all.y, words_[2] = all.z, words_[3] = all.w;
     } else {
-      load_bytes(pixels, length, at.in_run, words);
+#pragma unroll
+      for (int i = 0; i < 6; ++i) {
+        const int word = from - shift + 4 * i;  // one that holds no byte of the run is not read
+        if (word > -4 && word < length) words_[i] = *reinterpret_cast<const uint32_t*>(run + word);
+      }
     }
     return true;
   }
 
- private:
-  // Bytes from .. from + 4 kWords of a run, by aligned words of four; those that hold no byte of the run are not read.
-  template <int kWords>
-  static __device__ __forceinline__ void load_bytes(const uint8_t* run, int length, int from,
-                                                    uint32_t (&result)[kWords]) {
-    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(run + from) % 4);
-    uint32_t aligned[kWords + 1];
-#pragma unroll
-    for (int i = 0; i <= kWords; ++i) {
-      const int at = from - shift + 4 * i;
-      aligned[i] = at > -4 && at < length ? *reinterpret_cast<const uint32_t*>(run + at) : 0u;
-    }
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) result[i] = __funnelshift_r(aligned[i], aligned[i + 1], 8 * shift);
-  }
-
-  // Element e = x * C + c of a mirrored run is its byte C * (width - 1) - e + 2 c. So of the 20 bytes from
-  // C * (width - 1) - in_run - 15 on, byte 15 - i + 2 c is element i, and four elements come out of two words.
-  __device__ __forceinline__ void load_mirrored(const uint8_t* run, int length, int channels, int in_run) {
+  __device__ __forceinline__ void get(uint32_t (&bytes)[kChunk / 4]) const {
     uint32_t window[5];
-    load_bytes(run, length, length - channels - in_run - 15, window);
-    int channel = in_run % channels;
+#pragma unroll
+    for (int i = 0; i < 5; ++i) window[i] = __funnelshift_r(words_[i], words_[i + 1], how_ & 31);
+    int channel = how_ >> 8 & 255;
+    const int channels = how_ >> 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t selector = 0;
+      bytes[i] = window[i];
+      if (how_ & 32) {
+        uint32_t selector = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        selector |= static_cast<uint32_t>(3 - j + 2 * channel) << (4 * j);
-        channel = channel + 1 == channels ? 0 : channel + 1;
+        for (int j = 0; j < 4; ++j) {
+          selector |= static_cast<uint32_t>(3 - j + 2 * channel) << (4 * j);
+          channel = channel + 1 == channels ? 0 : channel + 1;
+        }
+        bytes[i] = __byte_perm(window[3 - i], window[4 - i], selector);
       }
-      words[i] = __byte_perm(window[3 - i], window[4 - i], selector);
     }
   }
+
+ private:
+  uint32_t words_[6];
+  int how_;  // bits to shift by, 32 if mirrored; from bit 8 the first byte's channel; from bit 16 the channels
 };
 
 // Four bytes as values x - 128 of T. In bfloat16 without a conversion: 128 + (low seven bits of x) is made of bits,
@@ -197,13 +198,15 @@ __device__ __forceinline__ void store_vector(unsigned char* piece, const Pixel* 
 }
 
 template <typename T, int kRowBytes>
-__device__ __forceinline__ void store_bytes(unsigned char* tile, int row, int chunk, const ByteChunk& bytes) {
+__device__ __forceinline__ void store_bytes(unsigned char* tile, int row, int chunk, const ByteChunk& chunk_bytes) {
   constexpr int kPieces = kChunk * sizeof(T) / 16, kWords = 4 / kPieces;
+  uint32_t bytes[kChunk / 4];
+  chunk_bytes.get(bytes);
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     uint32_t values[4];
 #pragma unroll
-    for (int j = 0; j < kWords; ++j) convert_bytes<T>(bytes.words[i * kWords + j], values + j * sizeof(T));
+    for (int j = 0; j < kWords; ++j) convert_bytes<T>(bytes[i * kWords + j], values + j * sizeof(T));
     *reinterpret_cast<uint4*>(tile + tile_offset<kRowBytes>(row, chunk * kPieces + i)) =
         make_uint4(values[0], values[1], values[2], values[3]);
   }

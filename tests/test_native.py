@@ -149,7 +149,6 @@ def test_cuda_kernels_do_not_spill(source, tmp_path):
     command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", *targets, "-c", source, "-o", tmp_path / "kernel.o"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "warning" not in run.stderr, run.stderr
     reports = ptxas_reports(run.stderr)
     for arch in ("90a",) if source.stem.endswith("_sm90") else ARCHS:
         kernels = {kernel: report for (kernel, built_for), report in reports.items() if built_for == f"sm_{arch}"}

@@ -35,7 +35,6 @@ FLAGS = [
         "-O1",
         "-fPIC",
         "-fvisibility=hidden",
-        "-fno-gnu-unique",
         "-fno-strict-aliasing",
         "-U_FORTIFY_SOURCE",
     ),
@@ -50,7 +49,7 @@ def build(sources: Sequence[Path], bind: str) -> ModuleType:
     Beside what `bind` adds the module has set_order(seed), the order in which warps run (0 ascending, 1 descending,
     others shuffled), and take_counts(), the events counted since the last call ("ldmatrix bank conflicts").
     """
-    compiler = shutil.which("c++") or shutil.which("g++")
+    compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "the native module was built by some C++ compiler"
     includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
     headers = sorted(p for folder in (CSRC, HERE) for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
@@ -86,37 +85,35 @@ def _compile(command: Sequence[object], out: Path) -> None:
 
 
 class Guarded:
-    """A copy of a tensor, of the same strides, that ends (up to its alignment) where a forbidden page begins.
+    """A copy of a tensor, of the same strides, between two pages that nobody may touch.
 
-    Reads and writes behind it fault, writes before it and into the gaps of its strides are found by check().
+    It ends where the second begins, up to its alignment, or (front) begins where the first ends. Accesses to the pages
+    fault; writes to what lies between them and the tensor, and to the gaps of its strides, are found by check().
     """
 
-    def __init__(self, tensor: Tensor, offset: int = 0, alignment: int = 16):
+    def __init__(self, tensor: Tensor, offset: int = 0, alignment: int = 16, *, front: bool = False):
         """Puts the first element `offset` elements behind a multiple of `alignment` bytes."""
-        size = tensor.element_size()
-        self.count = (
-            1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
-        )
-        page = mmap.PAGESIZE
-        span = -(-self.count * size // page) * page + page
-        self.memory = mmap.mmap(-1, span + page)
-        start = (span - self.count * size - offset * size) // alignment * alignment + offset * size
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.memory[:span] = b"\xff" * span
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mprotect(ctypes.c_void_p(address + span), ctypes.c_size_t(page), 0) == 0
-        flat = torch.frombuffer(self.memory, dtype=torch.uint8, count=span)
-        self.bytes = flat
-        inside = flat[start : start + self.count * size].view(tensor.dtype)
-        self.tensor = inside.as_strided(tensor.shape, tensor.stride()) if self.count else tensor.clone()
-        self.tensor.copy_(tensor)
-        self.poison = torch.ones(span, dtype=torch.bool)
-        cover = torch.zeros(self.count, dtype=torch.bool)
-        if self.count:
+        size, page = tensor.element_size(), mmap.PAGESIZE
+        count = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        span = (-(-count * size // page) + 1) * page
+        start = offset * size if front else (span - (count + offset) * size) // alignment * alignment + offset * size
+        memory = mmap.mmap(-1, span + 2 * page)
+        memory[:] = b"\xff" * len(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for guard in (address, address + page + span):
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8, count=span, offset=page)
+        cover = torch.zeros(count, dtype=torch.bool)
+        if count:
             cover.as_strided(tensor.shape, tensor.stride()).fill_(True)
-        self.poison[start : start + self.count * size] = ~cover.repeat_interleave(size)
+            inside = self._bytes[start : start + count * size].view(tensor.dtype)
+            self.tensor = inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        else:
+            self.tensor = tensor.clone()
+        self._outside = torch.ones(span, dtype=torch.bool)
+        self._outside[start : start + count * size] = ~cover.repeat_interleave(size)
 
     def check(self) -> None:
         """Raises AssertionError if a byte outside the tensor has changed."""
-        changed = (self.bytes[self.poison] != 255).nonzero().flatten()
-        assert changed.numel() == 0, f"{changed.numel()} bytes outside the tensor were written"
+        changed = (self._bytes[self._outside] != 255).sum()
+        assert changed == 0, f"{changed} bytes outside the tensor were written"

@@ -72,22 +72,32 @@ def test_matrix_instructions_multiply(faults, transposed):
     torch.testing.assert_close(out, a.float() @ b.float())
 
 
+@pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize("offset", [0, 3])
-def test_guards(offset):
+def test_guards(faults, offset, front):
     tensor = torch.arange(24.0).view(2, 3, 4)[:, :2, 1:3]
-    guarded = Guarded(tensor, offset, 64)
+    guarded = Guarded(tensor, offset, 64, front=front)
     assert torch.equal(guarded.tensor, tensor)
     assert guarded.tensor.stride() == tensor.stride()
     assert guarded.tensor.data_ptr() % 64 == offset * 4
     guarded.check()
     first = guarded.tensor.storage_offset()
-    for position, inside in {-1: False, 0: True, 1: True, 2: False, 4: True}.items():  # 2: between two rows
+    before = () if front and not offset else (-1,)
+    for position in (*before, 0, 1, 2, 4):  # 2: between two rows
         number = guarded.tensor.as_strided((1,), (1,), first + position)
-        before = number.clone()
+        value = number.clone()
         number.fill_(7)
-        if inside:
+        if position in (0, 1, 4):
             guarded.check()
         else:
             with pytest.raises(AssertionError, match="4 bytes outside"):
                 guarded.check()
-        number.copy_(before)
+        number.copy_(value)
+
+
+def test_the_front_is_guarded_too(faults):
+    values, out = Guarded(torch.arange(97.0), front=True), Guarded(torch.zeros(96))
+    run_at = values.tensor.data_ptr()
+    faults.run("read beyond", run_at, out.tensor.data_ptr())
+    with pytest.raises(RuntimeError, match=r"outside a buffer.* thread 0"):
+        faults.run("read beyond", run_at - 8, out.tensor.data_ptr())

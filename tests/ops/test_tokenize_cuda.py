@@ -65,8 +65,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    sources = [CSRC / name for name in ("tokenize.cu", "tokenize_sums.cu", "tokenize_device.cpp")]
-    return build(sources, "bind_tokenize_device")
+    sources = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_sums.cu", "tokenize_device.cpp")
+    return build([CSRC / name for name in sources], "bind_tokenize_device")
 
 
 def make_video(case):
@@ -87,7 +87,7 @@ def where_of(case):
     if case.size is not None:
         last = torch.tensor(case.shape[2:4]) - torch.tensor(case.size)
         crop = (torch.rand(batch, 2, generator=generator) * (last + 1)).long()
-        crop[:1], crop[1:2] = last, 0
+        crop[:1], crop[-1:] = 0, last
     if case.flip:
         flip = torch.arange(batch) % 2 == 0
     return keep, crop, flip, case.window, case.patch
@@ -208,6 +208,30 @@ def test_every_pixel_value(kernels, dtype):
     kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), [1, 256], [1, 1, 256], 0)
     exact = torch.arange(256.0, dtype=torch.float64) * 2 / 255 - 1
     assert_within_budget(out.flatten(), exact.float(), exact)
+
+
+@pytest.mark.parametrize(("front", "offset"), [(False, 0), (True, 0), (True, 1), (True, 2), (True, 3)])
+def test_reads_nothing_around_the_video(kernels, front, offset):
+    """Mirrored windows in the very first and the very last corner, which are read by words of four bytes."""
+    case = Case("corners", (3, 2, 23, 53, 3), (2, 4, 16), 9, size=(20, 48), flip=True, agg=False)
+    _, crop, flip, size, patch = where_of(case)
+    weight, nothing = parameters(case, torch.float16)[0], (None,) * 4
+    outputs = []
+    for video in (make_video(case), Guarded(make_video(case), offset, 1, front=front).tensor):
+        outputs.append(torch.zeros(3, case.num_tokens, case.dim))
+        tensors = (video, weight, weight.float().sum(1), *nothing, crop, flip, outputs[-1])
+        kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), list(size), list(patch), 0)
+    assert torch.equal(*outputs)
+
+
+def test_what_reaches_agg_stays_there(kernels):
+    """An infinite gradient of the AGG row is no gradient of the weight."""
+    grad, keep, dweight = torch.ones(2, 3, 5), torch.tensor([1, 0]), torch.zeros(5, 12)
+    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": grad, "keep": keep, "dweight": dweight})
+    spoilt, expected = grad.clone(), dweight.clone()
+    spoilt[:, 0] = float("inf")
+    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": spoilt, "keep": keep, "dweight": dweight})
+    assert torch.equal(dweight, expected)
 
 
 def test_offsets_beyond_32_bits(kernels):

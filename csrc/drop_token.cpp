@@ -21,8 +21,7 @@ constexpr int64_t kGrainBytes = 1 << 19;  // copied; fewer do not pay for a thre
 
 int64_t row_grain(int64_t row_bytes) { return kGrainBytes / std::max<int64_t>(row_bytes, 1) + 1; }
 
-// Pieces, because the C library moves more than 2 KiB by `rep movsb`, which is slow on memory touched for the first
-// time.
+// In pieces, because the C library moves more than 2 KiB by `rep movsb`, which is slow where pages are touched first.
 constexpr size_t kPiece = 1024;
 
 void copy_bytes(void* out, const void* in, size_t bytes) {

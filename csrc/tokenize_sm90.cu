@@ -1,8 +1,5 @@
-// Tokens of raw video on sm_90a. The same products as in tokenize.cu, by two warpgroups with 64 x 256 outputs each.
-// wgmma reads both operands from shared memory in the background; meanwhile its warpgroups convert the video's next
-// tile.
-#include <cstring>
-
+// Tokens of raw video on sm_90a. The same products as in tokenize.cu, by two warpgroups with 64 x 256 outputs each:
+// wgmma reads both operands from shared memory in the background, and a third warpgroup fills it, converting the video.
 #include "check.h"
 #include "cuda_utils.cuh"
 #include "tokenize_device.h"
@@ -18,10 +15,8 @@
 
 namespace vatt {
 namespace sm90 {
-namespace {
 
 constexpr int kProducers = kWarpgroup, kConsumers = 2 * kWarpgroup, kThreads = kProducers + kConsumers;
-constexpr int kChunks = 4;                          // of the video that a producer brings to each step, 32 rows apart
 constexpr int kVideoSide = 128, kMatrixSide = 256;  // outputs of a block along the operand from the video, the other
 constexpr int kDepth = 64;                          // of one step of the sum: a row of 128 bytes
 constexpr int kStages = 4;
@@ -34,7 +29,7 @@ constexpr int kFwdStagingRow = kMatrixSide + 8, kBwdStagingRow = kVideoSide + 4;
 static_assert(kVideoSide * kFwdStagingRow * 4 <= kTileBytes && kMatrixSide * kBwdStagingRow * 4 <= kTileBytes);
 
 // Barriers: a stage is full for a group of consumers, a stage is empty, one part among itself.
-constexpr int kProducersOnly = 1, kConsumersOnly = 2, kFirstFull = 3, kFirstEmpty = kFirstFull + 2 * kStages;
+inline constexpr int kProducersOnly = 1, kConsumersOnly = 2, kFirstFull = 3, kFirstEmpty = kFirstFull + 2 * kStages;
 static_assert(kFirstEmpty + kStages <= 16);
 
 __device__ __forceinline__ int full(int i, int group) { return kFirstFull + 2 * (i % kStages) + group; }
@@ -49,36 +44,11 @@ __device__ __forceinline__ unsigned char* matrix_tile(unsigned char* tiles, int 
   return video_tile(tiles, i) + kVideoBytes;
 }
 
-// The producers' part: the tiles of all steps. source(i, j, use) calls use(patch, place) for
-// chunk j of a thread. They are fetched a step ahead; copy(i) copies the matrix in the background;
-// prepare(i) fills a table that copy(i) and source(i, j) read. None of them is called for steps behind the last.
-template <typename T, bool kBytes, typename Prepare, typename Copy, typename Source>
-__device__ __forceinline__ void produce(int steps, unsigned char* tiles, const PatchParams& p, const Prepare& prepare,
-                                        const Copy& copy, const Source& source) {
-  const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
-  ByteChunk bytes[kChunks];
-  bool loaded[kChunks] = {};
-  const auto fetch = [&](int i) {
-    if constexpr (kBytes) {
-#pragma unroll
-      for (int j = 0; j < kChunks; ++j) {
-        source(i, j, [&](int64_t patch, const ChunkPlace& at) { loaded[j] = bytes[j].load(p, patch, at); });
-      }
-    }
-  };
-  const auto put = [&](int i) {
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      unsigned char* part = video_tile(tiles, i) + j * kPartBytes / 2;
-      if (kBytes && loaded[j]) {
-        store_bytes<T, 128>(part, row, chunk, bytes[j]);
-      } else {
-        source(i, j, [&](int64_t patch, const ChunkPlace& at) {
-          store_pixels<T, 128, kBytes>(part, row, chunk, p, patch, at);
-        });
-      }
-    }
-  };
+// The producers' part: the tiles of all steps. The video is fetched a step before it is put; copy(i) copies the matrix
+// in the background; prepare(i) fills a table that copy(i) and fetch(i) read.
+template <typename Prepare, typename Copy, typename Fetch, typename Put>
+__device__ __forceinline__ void produce(int steps, const Prepare& prepare, const Copy& copy, const Fetch& fetch,
+                                        const Put& put) {
   const auto publish = [&](int i) {
     fence_async_proxy();
     for (int group = 0; group < 2; ++group) barrier_arrive(full(i, group), kProducers + kWarpgroup);
@@ -103,6 +73,7 @@ __device__ __forceinline__ void produce(int steps, unsigned char* tiles, const P
 // The consumers' part: sum[video, matrix] += the products of all steps.
 template <typename T, bool kAcrossRows>
 __device__ __forceinline__ void consume(float (&sum)[128], int steps, unsigned char* tiles, int group) {
+  if (shared_address(tiles) % kPatternBytes) __trap();
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     barrier_sync(full(i, group), kProducers + kWarpgroup);
@@ -129,6 +100,8 @@ __device__ __forceinline__ int video_index(int i) {
 }
 __device__ __forceinline__ int matrix_index(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
+namespace {
+
 // out[i, d] = scale (sum_p x[i, p] W[d, p] + 1/2 sum_p W[d, p]) + bias[d] + pos[token(i), d] for 128 x 256 of (i, d).
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant__ TokenizeFwdParams params) {
@@ -153,13 +126,17 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
   const int steps = (size + kDepth - 1) / kDepth, row = threadIdx.x / 4, chunk = threadIdx.x % 4;
   float* staging = reinterpret_cast<float*>(tiles);
   if (threadIdx.x < kProducers) {
-    produce<T, kBytes>(
-        steps, tiles, p, [](int) {},
+    VideoTile<T, 128, kBytes, 4, 32> video(row, chunk);
+    produce(
+        steps, [](int) {},
         [&](int i) {
           copy_tile<T, kProducers, kMatrixSide, 128>(matrix_tile(tiles, i), weight, size, column0, i * kDepth, aligned,
                                                      [&](int n) { return column0 + n < dim; });
         },
-        [&](int i, int j, const auto& use) { use(found[row + j * 32], ChunkPlace(p, i * kDepth + chunk * kChunk)); });
+        [&](int i) {
+          video.fetch(p, ChunkPlace(p, i * kDepth + chunk * kChunk), [&](int j) { return found[row + j * 32]; });
+        },
+        [&](int i) { video.put(video_tile(tiles, i), params.rows, row0, i * kDepth + chunk * kChunk); });
   } else {
     float sum[128] = {};
     consume<T, false>(sum, steps, tiles, (threadIdx.x - kProducers) / kWarpgroup);
@@ -215,23 +192,32 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
   const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
   float* staging = reinterpret_cast<float*>(tiles);
   if (threadIdx.x < kProducers) {
-    produce<T, kBytes>(
-        steps, tiles, p,
+    VideoTile<T, 128, kBytes, 2, 32> left(row, chunk), right(row, chunk);
+    const ChunkPlace left_at(p, p0 + chunk * kChunk), right_at(p, p0 + 64 + chunk * kChunk);
+    produce(
+        steps,
         [&](int i) {  // other warps each time
           const int r = (static_cast<int>(threadIdx.x) + i * kDepth) % kProducers;
           if (r < kDepth) found[i % 4 * kDepth + r] = find_patch(params.rows, (first + i) * kDepth + r);
           barrier_sync(kProducersOnly, kProducers);
         },
         [&](int i) {
-#pragma unroll 1
+          const auto has_row = [&](int r) { return found[i % 4 * kDepth + r] != kNoPatch; };
+#pragma unroll
           for (int part = 0; part < kMatrixSide / 64; ++part) {
             copy_tile<T, kProducers, kDepth, 128>(matrix_tile(tiles, i) + part * kPartBytes, grad, dim,
-                                                  (first + i) * kDepth, d0 + part * 64, aligned,
-                                                  [&](int r) { return found[i % 4 * kDepth + r] != kNoPatch; });
+                                                  (first + i) * kDepth, d0 + part * 64, aligned, has_row);
           }
         },
-        [&](int i, int j, const auto& use) {
-          use(found[i % 4 * kDepth + row + j % 2 * 32], ChunkPlace(p, p0 + j / 2 * 64 + chunk * kChunk));
+        [&](int i) {
+          const auto patch_of = [&](int j) { return found[i % 4 * kDepth + row + j * 32]; };
+          left.fetch(p, left_at, patch_of);
+          right.fetch(p, right_at, patch_of);
+        },
+        [&](int i) {
+          const int64_t row0 = (first + i) * kDepth;
+          left.put(video_tile(tiles, i), params.rows, row0, left_at.first);
+          right.put(video_tile(tiles, i) + kPartBytes, params.rows, row0, right_at.first);
         });
   } else {
     float sum[128] = {};

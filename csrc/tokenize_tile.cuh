@@ -44,6 +44,7 @@ constexpr int kChunk = 16;
 struct ChunkPlace {
   int first, size;  // elements; of the whole patch
   int run, in_run;  // the run of the first element, its place there
+  int64_t start;    // of that run, from the patch's first
   bool whole;
 
   __device__ __forceinline__ ChunkPlace(const PatchParams& p, int first)
@@ -51,6 +52,7 @@ struct ChunkPlace {
     const int length = static_cast<int>(run_length(p));
     run = first / length;
     in_run = first % length;
+    start = run_offset(p, run);
     whole = length % kChunk == 0 && p.channels <= 4;
   }
 };
@@ -72,7 +74,7 @@ __device__ __forceinline__ void each_element(const PatchParams& p, int64_t patch
                                              const Put& put) {
   const int length = static_cast<int>(run_length(p));
   int run = at.run, e = at.in_run;
-  int64_t pixels = (patch >> 1) + run_offset(p, run);
+  int64_t pixels = (patch >> 1) + at.start;
 #pragma unroll 4
   for (int i = 0; i < kChunk; ++i) {
     const bool inside = at.first + i < at.size;
@@ -96,7 +98,7 @@ class ByteChunk {
     how_ = 0;
     if (patch == kNoPatch || at.first >= at.size) return true;
     if (!at.whole) return false;
-    const uint8_t* run = static_cast<const uint8_t*>(p.video) + (patch >> 1) + run_offset(p, at.run);
+    const uint8_t* run = static_cast<const uint8_t*>(p.video) + (patch >> 1) + at.start;
     const int length = static_cast<int>(run_length(p)), channels = static_cast<int>(p.channels);
     // Element e = x * C + c of a mirrored run is its byte C * (width - 1) - e + 2 c. So of the 20 bytes from
     // C * (width - 1) - in_run - 15 on, byte 15 - i + 2 c is element i, and four elements come out of two words.
@@ -223,7 +225,7 @@ __device__ __forceinline__ void store_pixels(unsigned char* tile, int row, int c
   if (!kBytes && at.whole && !(patch & 1)) {
     bool done = false;
     VATT_DISPATCH_FLOAT(p.video_dtype, Pixel, {
-      const Pixel* pixels = static_cast<const Pixel*>(p.video) + (patch >> 1) + run_offset(p, at.run) + at.in_run;
+      const Pixel* pixels = static_cast<const Pixel*>(p.video) + (patch >> 1) + at.start + at.in_run;
       done = reinterpret_cast<uintptr_t>(pixels) % 16 == 0;
       if (done) {
         for (int i = 0; i < kPieces; ++i) store_vector<T>(piece(i), pixels + i * kVector);
@@ -284,20 +286,23 @@ class VideoTile {
 template <typename T, int kThreads, int kRows, int kRowBytes, typename HasRow>
 __device__ __forceinline__ void copy_tile(unsigned char* tile, const T* matrix, int columns, int64_t row0, int column0,
                                           bool aligned, const HasRow& has_row) {
-  constexpr int kPieces = kRowBytes / 16, kVector = 16 / sizeof(T);
-#pragma unroll 2
-  for (int step = 0; step < kRows * kPieces / kThreads; ++step) {
-    const int i = step * kThreads + static_cast<int>(threadIdx.x), row = i / kPieces,
-              column = column0 + i % kPieces * kVector;
-    unsigned char* to = tile + tile_offset<kRowBytes>(row, i % kPieces);
-    const bool any = has_row(row) && column < columns;
-    const T* from = any ? matrix + (row0 + row) * columns + column : matrix;
-    if (aligned) {
-      cp_async<16>(to, from, any ? 16 : 0);
-    } else {
-      for (int j = 0; j < kVector; ++j) {
-        reinterpret_cast<T*>(to)[j] = any && column + j < columns ? from[j] : T{};
-      }
+  constexpr int kPieces = kRowBytes / 16, kVector = 16 / sizeof(T), kRowStep = kThreads / kPieces;
+  static_assert(kRowStep % 8 == 0);  // rows of one thread have the same swizzle
+  const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces, column = column0 + piece * kVector;
+  unsigned char* to = tile + tile_offset<kRowBytes>(first, piece);
+  const T* from = matrix + (row0 + first) * columns + column;
+  const int64_t step = static_cast<int64_t>(kRowStep) * columns;
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; ++i, from += step, to += kRowStep * kRowBytes) {
+      const bool any = has_row(first + i * kRowStep) && column < columns;
+      cp_async<16>(to, any ? from : matrix, any ? 16 : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kRows / kRowStep; ++i, from += step, to += kRowStep * kRowBytes) {
+      const bool any = has_row(first + i * kRowStep);
+      for (int j = 0; j < kVector; ++j) reinterpret_cast<T*>(to)[j] = any && column + j < columns ? from[j] : T{};
     }
   }
 }

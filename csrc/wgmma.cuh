@@ -2,8 +2,7 @@
 // descriptors, the sum in registers, everything in the background. T is Half or BFloat16.
 //
 // A tile is [rows][64 halves], each row 128 bytes, eight rows to a pattern of 1024 bytes whose 16-byte piece i of row r
-// lies at i ^ r; it starts at a multiple of 1024. Two views of it, by the order of the product D[m, n] = A[m, k] B[n,
-// k]:
+// lies at i ^ r; it starts at a multiple of 1024. Two views of it in the product D[m, n] = sum_k A[m, k] B[n, k]:
 //   k within a row ("K-major"):  rows are m or n, the instruction's 16 k lie within the 64 of a row;
 //   k across rows ("MN-major"):  rows are k, a row holds 64 of m or n, further ones lie in tiles behind.
 #pragma once
@@ -21,7 +20,7 @@ constexpr int kPatternBytes = 1024;  // eight rows
 constexpr int kWgmmaK = 16;
 
 // Descriptor of a tile; `leading_bytes` from tile to tile where k lies across rows, not used otherwise.
-__device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, int leading_bytes = 16) {
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, int leading_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   return static_cast<uint64_t>(shared_address(tile) >> 4 & 0x3fff) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(kPatternBytes >> 4) << 32 | kSwizzle128 << 62;

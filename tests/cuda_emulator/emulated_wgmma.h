@@ -3,7 +3,7 @@
 //
 // Products are as late and as early as they may be: operands are read at the instruction, and again when a wait ends
 // their group; if they have changed, the sum is NaN. The registers of a sum are NaN from the instruction to the wait.
-// Operands come from a copy of shared memory that only fence_async_proxy brings up to date.
+// Operands are also compared with a copy of shared memory that only fence_async_proxy brings up to date.
 #pragma once
 
 #include <array>
@@ -129,9 +129,16 @@ void start_product(const std::array<float*, kGroup>& registers, const Operand& a
     sum->wrong = !group.fenced;
     sum->each([](float& given, float& value) { value = given, given = NAN; });
   }
-  multiply<T>(*sum, a.read(proxy.memory.data(), shared_size()), b.read(proxy.memory.data(), shared_size()));
+  Product product{sum, {a, b}, {}};
+  std::vector<uint16_t> seen[2];
+  for (int i = 0; i < 2; ++i) {
+    seen[i] = product.operands[i].read(proxy.memory.data(), shared_size());
+    product.read[i] = product.operands[i].read(shared_memory(), shared_size());
+    sum->wrong |= seen[i] != product.read[i];  // written, but not shown
+  }
+  multiply<T>(*sum, seen[0], seen[1]);
   ++sum->in_flight;
-  group.open.push_back({sum, {a, b}, {a.read(shared_memory(), shared_size()), b.read(shared_memory(), shared_size())}});
+  group.open.push_back(std::move(product));
 }
 
 inline void finish_product(Warpgroup& group, Product& product) {

@@ -51,7 +51,7 @@ def sample_keep(
         ValueError: `num_tokens` is above 2^20, `num_kept` outside 1..num_tokens, or `sample_id` is not int64 [B].
 
     Source: official `random_patch_sampling` of vatt/modeling/backbones/video/vitx3d.py (there one tf.random.shuffle).
-    Implementations: cpp, reference (plain PyTorch), triton and cuda (at most 8192 tokens), these two unmeasured.
+    Implementations: cpp, reference (plain PyTorch), triton, cuda (at most 8192 tokens); the last two unmeasured.
 
     >>> sample_keep(8, 4, seed=0).shape
     torch.Size([4])
@@ -87,7 +87,7 @@ def drop_token(tokens: Tensor, keep: Tensor) -> Tensor:
         ValueError: ranks, batch sizes, devices or the index dtype do not fit, or (on the CPU) a position lies outside
             the tokens. On a GPU the kernel stops the run then.
 
-    Implementations: cpp, reference (plain PyTorch), triton and cuda, these two unmeasured. All but the reference take
+    Implementations: cpp, reference (plain PyTorch), triton, cuda; the last two unmeasured. All but the reference take
     float32, bfloat16 and float16.
 
     >>> drop_token(torch.arange(6.0).view(1, 3, 2), torch.tensor([2, 0]))[0, :, 0].tolist()
@@ -209,43 +209,36 @@ def _sort_refuses(seed: Tensor, sample_id: Tensor | None, num_tokens: int, num_k
     return None
 
 
-def _on_gpu(op: str, native: Callable[..., Tensor], refuses: Callable[..., str | None]) -> tuple[Impl, Impl]:
-    kernel = f"vatt_engine.kernels.drop_token:{op}"
-    return (
-        Impl("triton", "cuda", kernel, missing=triton_missing, refuses=refuses, unmeasured=True),
-        Impl("cuda", "cuda", native, missing=lambda: native_missing(cuda=True), refuses=refuses, unmeasured=True),
-    )
+def _impls(op: str, reference: Callable[..., Tensor], native: Callable[..., Tensor], *, rows: bool) -> list[Impl]:
+    """The table of one op, which moves rows or sorts keys; on a GPU nothing but the reference has been timed."""
+    refuses = {"refuses": _rows_refuse} if rows else {}
+    triton = f"vatt_engine.kernels.drop_token:{op}"
+    cuda = {"missing": lambda: native_missing(cuda=True), "refuses": _rows_refuse if rows else _sort_refuses}
+    return [
+        Impl("cpp", "cpu", native, missing=native_missing, **refuses),
+        Impl("reference", "any", reference),
+        Impl("triton", "cuda", triton, missing=triton_missing, unmeasured=True, **refuses),
+        Impl("cuda", "cuda", native, unmeasured=True, **cuda),
+    ]
 
 
 _fwd = define_op(
     "drop_token",
     "drop_token_fwd(Tensor tokens, Tensor keep) -> Tensor",
     fake=_fwd_fake,
-    impls=[
-        Impl("cpp", "cpu", _fwd_native, missing=native_missing, refuses=_rows_refuse),
-        Impl("reference", "any", drop_token_reference),
-        *_on_gpu("drop_token_fwd", _fwd_native, _rows_refuse),
-    ],
+    impls=_impls("drop_token_fwd", drop_token_reference, _fwd_native, rows=True),
 )
 _bwd = define_op(
     "drop_token",
     "drop_token_bwd(Tensor grad, Tensor keep, SymInt num_tokens) -> Tensor",
     fake=_bwd_fake,
-    impls=[
-        Impl("cpp", "cpu", _bwd_native, missing=native_missing, refuses=_rows_refuse),
-        Impl("reference", "any", drop_token_bwd_reference),
-        *_on_gpu("drop_token_bwd", _bwd_native, _rows_refuse),
-    ],
+    impls=_impls("drop_token_bwd", drop_token_bwd_reference, _bwd_native, rows=True),
 )
 _sample = define_op(
     "drop_token",
     "sample_keep(Tensor seed, Tensor? sample_id, SymInt num_tokens, SymInt num_kept) -> Tensor",
     fake=_sample_fake,
-    impls=[
-        Impl("cpp", "cpu", _sample_native, missing=native_missing),
-        Impl("reference", "any", sample_keep_reference),
-        *_on_gpu("sample_keep", _sample_native, _sort_refuses),
-    ],
+    impls=_impls("sample_keep", sample_keep_reference, _sample_native, rows=False),
 )
 
 

@@ -229,4 +229,7 @@ def test_products_run_in_the_background(tmp_path):
     kernels = code.split("Function : ")[1:]
     assert len(kernels) == 8
     for kernel in kernels:
-        assert len(re.findall(r"HGMMA\.64x256x16\.F32", kernel)) == 4, kernel.splitlines()[0]
+        products = re.findall(r"HGMMA\.64x256x16\.F32[^;]*", kernel)
+        assert len(products) == 4, kernel.splitlines()[0]
+        across_rows = "bwd_weight" in kernel.splitlines()[0]
+        assert all(("tnspA.tnspB" in product) == across_rows for product in products), products

@@ -11,7 +11,7 @@
 namespace vatt {
 namespace {
 
-// out[i, d] = scale (sum_p x[i, p] W[d, p] + 1/2 sum_p W[d, p]) + bias[d] + pos[token(i), d] for 128 x 128 of (i, d).
+// out[i, d] = scale sum_p x[i, p] W[d, p] + bias[d] + pos[token(i), d] for 128 x 128 of (i, d).
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_fwd_kernel(const __grid_constant__ TokenizeFwdParams params) {
@@ -51,27 +51,17 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
   __syncthreads();
   const int group = threadIdx.x % 16, column = column0 + group * 8, count = dim - column;
   if (count <= 0) return;
-  float weight_sum[8], bias[8];
-  load8(weight_sum, kBytes ? params.weight_sum : nullptr, column, count);
+  float bias[8];
   load8(bias, params.bias, column, count);
 #pragma unroll 1
   for (int r = threadIdx.x / 16; r < kTile && row0 + r < params.rows.count(); r += kThreads<T> / 16) {
     const int64_t i = row0 + r, b = i / params.rows.per_sample(), k = i % params.rows.per_sample() - params.rows.agg;
-    float values[8];
-    if (k < 0) {
-      load8(values, params.agg, column, count);
-    } else {
-      float sum[8];
-      load8(sum, staging, r * kStagingRow + group * 8, 8);
-      load8(values, params.pos, params.pos ? kept_token(p, b, k) * dim + column : 0, count);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] += (kBytes ? kByteScale : 1.0f) * (sum[j] + 0.5f * weight_sum[j]) + bias[j];
-    }
-    store8(params.out, params.out_dtype, i * dim + column, values, count);
+    store_tokens(params, kBytes ? kByteScale : 1.0f, staging + r * kStagingRow + group * 8, bias, i,
+                 k < 0 ? -1 : kept_token(p, b, k), column);
   }
 }
 
-// sum_i dY[i, d] x[i, p] for 128 x 128 of (d, p) and one of the splits of i: into the workspace, or finished into dW.
+// scale sum_i dY[i, d] x[i, p] for 128 x 128 of (d, p) and one of the splits of i.
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
     tokenize_bwd_weight_kernel(const __grid_constant__ TokenizeBwdParams params) {
@@ -120,23 +110,11 @@ __global__ void __launch_bounds__(kThreads<T>, kBlocks<T>)
   float* staging = reinterpret_cast<float*>(dynamic_shared());
   product.stage(staging);
   __syncthreads();
-  const int group = threadIdx.x % 16, column = p0 + group * 8, count = size - column;
-  if (count <= 0) return;
+  const int group = threadIdx.x % 16, column = p0 + group * 8;
+  if (column >= size) return;
 #pragma unroll 1
   for (int r = threadIdx.x / 16; r < kTile && d0 + r < dim; r += kThreads<T> / 16) {
-    float values[8];
-    load8(values, staging, r * kStagingRow + group * 8, 8);
-    const int64_t index = static_cast<int64_t>(d0 + r) * size + column;
-    if (params.splits == 1) {
-      if (kBytes) {
-        const float half = 0.5f * params.grad_sum[d0 + r];
-#pragma unroll
-        for (float& value : values) value = kByteScale * (value + half);
-      }
-      store8(params.dweight, params.dweight_dtype, index, values, count);
-    } else {
-      store8(params.workspace + static_cast<int64_t>(blockIdx.y) * dim * size, DType::kFloat, index, values, count);
-    }
+    store_gradient(params, kBytes ? kByteScale : 1.0f, staging + r * kStagingRow + group * 8, d0 + r, column);
   }
 }
 
@@ -171,7 +149,6 @@ void tokenize_bwd_weight_mma(const TokenizeBwdParams& params, DType dtype, int d
   const DeviceGuard guard(device);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.splits));
   VATT_DISPATCH_FLOAT(dtype, T, launch_bwd<T>(params, grid, static_cast<cudaStream_t>(stream)));
-  if (params.splits > 1) tokenize_bwd_reduce(params, stream);
 }
 
 int64_t tokenize_bwd_splits(int64_t rows, int64_t dim, int64_t patch_size, int device) {

@@ -21,37 +21,21 @@ struct TokenizeRows {
 struct TokenizeFwdParams {
   TokenizeRows rows;
   int64_t dim;
-  const void* weight;       // [dim, patch_size] of the product's dtype, contiguous like all that follow
-  const float* weight_sum;  // [dim]: sum of each row of weight
-  const float* bias;        // [dim] or null
-  const float* pos;         // [num_tokens, dim] or null
-  const float* agg;         // [dim], or null if rows.agg is 0
-  void* out;                // [batch, kept + agg, dim]
+  const void* weight;  // [dim, patch_size] of the product's dtype, contiguous like all that follow
+  const float* bias;   // [dim] or null
+  const float* pos;    // [num_tokens, dim] or null
+  const float* agg;    // [dim], or null if rows.agg is 0
+  void* out;           // [batch, kept + agg, dim]
   DType out_dtype;
 };
 
 struct TokenizeBwdParams {
   TokenizeRows rows;
   int64_t dim;
-  const void* grad;       // [batch, kept + agg, dim] of the product's dtype
-  const float* grad_sum;  // [dim]: sum of grad over all rows but AGG's
-  float* workspace;       // [splits, dim, patch_size], or null if splits is 1
-  int64_t splits;         // pieces of the sum over rows, each summed by blocks of its own
-  void* dweight;          // [dim, patch_size]
-  DType dweight_dtype;
-};
-
-struct TokenizeBwdRowsParams {
-  const void* grad;  // [batch, kept + agg, dim]
-  DType grad_dtype;
-  const int64_t* keep;  // [batch or 1, kept] or null
-  int64_t keep_stride_b, keep_stride_k;
-  int64_t batch, kept, agg, num_tokens, dim;
-  float* dbias;      // [dim] or null
-  float* dpos;       // [num_tokens, dim], zero before the call, or null
-  float* dagg;       // [dim] or null
-  float* workspace;  // [chunks, dim]: partial sums
-  int64_t chunks;
+  const void* grad;  // [batch, kept + agg, dim] of the product's dtype
+  int64_t splits;    // pieces of the sum over rows, each summed by blocks of its own
+  void* out;         // [splits, dim, patch_size]
+  DType out_dtype;
 };
 
 // y = x W^T, on tensor cores with mma.sync for half dtypes, by FMA for float32.
@@ -64,13 +48,7 @@ void tokenize_bwd_weight_mma(const TokenizeBwdParams& params, DType dtype, int d
 void tokenize_fwd_wgmma(const TokenizeFwdParams& params, DType dtype, int device, void* stream);
 void tokenize_bwd_weight_wgmma(const TokenizeBwdParams& params, DType dtype, int device, void* stream);
 
-// The sum over the splits of the workspace, scaled and rounded to dweight; a part of every bwd_weight with splits > 1.
-void tokenize_bwd_reduce(const TokenizeBwdParams& params, void* stream);
-
-// Sums of grad over rows, in an order that is fixed unless keep is per sample: there dpos is summed with atomics.
-void tokenize_bwd_rows(const TokenizeBwdRowsParams& params, int device, void* stream);
-
-// The number of splits that fills the device's multiprocessors without much more to reduce.
+// The number of splits that fills the device's multiprocessors without much more to add up.
 int64_t tokenize_bwd_splits(int64_t rows, int64_t dim, int64_t patch_size, int device);
 
 }  // namespace vatt

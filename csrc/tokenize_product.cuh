@@ -229,4 +229,33 @@ __device__ __forceinline__ void load8(float (&values)[8], const float* matrix, i
   }
 }
 
+// One row's eight outputs: scale sum + bias + pos[token], or agg where the token is -1.
+__device__ __forceinline__ void store_tokens(const TokenizeFwdParams& params, float scale, const float* sum,
+                                             const float (&bias)[8], int64_t row, int64_t token, int column) {
+  const int count = static_cast<int>(params.dim) - column;
+  float values[8];
+  if (token < 0) {
+    load8(values, params.agg, column, count);
+  } else {
+    float total[8];
+    load8(total, sum, 0, 8);
+    load8(values, params.pos, token * params.dim + column, count);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] += scale * total[j] + bias[j];
+  }
+  store8(params.out, params.out_dtype, row * params.dim + column, values, count);
+}
+
+// Eight elements of row d of this split's part of dW.
+__device__ __forceinline__ void store_gradient(const TokenizeBwdParams& params, float scale, const float* sum, int d,
+                                               int column) {
+  const int64_t size = patch_size(params.rows.patches);
+  float values[8];
+  load8(values, sum, 0, 8);
+#pragma unroll
+  for (float& value : values) value *= scale;
+  store8(params.out, params.out_dtype, (blockIdx.y * params.dim + d) * size + column, values,
+         static_cast<int>(size) - column);
+}
+
 }  // namespace vatt

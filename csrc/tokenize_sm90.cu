@@ -102,7 +102,7 @@ __device__ __forceinline__ int matrix_index(int i) { return i / 4 * 8 + threadId
 
 namespace {
 
-// out[i, d] = scale (sum_p x[i, p] W[d, p] + 1/2 sum_p W[d, p]) + bias[d] + pos[token(i), d] for 128 x 256 of (i, d).
+// out[i, d] = scale sum_p x[i, p] W[d, p] + bias[d] + pos[token(i), d] for 128 x 256 of (i, d).
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant__ TokenizeFwdParams params) {
 #if VATT_HAS_WGMMA
@@ -149,31 +149,19 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
   __syncthreads();
   const int column = column0 + threadIdx.x % 32 * 8, count = dim - column;
   if (count <= 0) return;
-  float weight_sum[8], bias[8];
-  load8(weight_sum, kBytes ? params.weight_sum : nullptr, column, count);
+  float bias[8];
   load8(bias, params.bias, column, count);
 #pragma unroll 1
   for (int r = threadIdx.x / 32; r < kVideoSide && row0 + r < params.rows.count(); r += kThreads / 32) {
-    float values[8];
-    if (tokens[r] < 0) {
-      load8(values, params.agg, column, count);
-    } else {
-      float total[8];
-      load8(total, staging, r * kFwdStagingRow + column - column0, 8);
-      load8(values, params.pos, tokens[r] * dim + column, count);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        values[j] += (kBytes ? kByteScale : 1.0f) * (total[j] + 0.5f * weight_sum[j]) + bias[j];
-      }
-    }
-    store8(params.out, params.out_dtype, (row0 + r) * dim + column, values, count);
+    store_tokens(params, kBytes ? kByteScale : 1.0f, staging + r * kFwdStagingRow + column - column0, bias, row0 + r,
+                 tokens[r], column);
   }
 #else
   __trap();
 #endif
 }
 
-// sum_i x[i, p] dY[i, d] for 128 x 256 of (p, d) and one of the splits of i: into the workspace, or finished into dW.
+// scale sum_i x[i, p] dY[i, d] for 128 x 256 of (p, d) and one of the splits of i.
 template <typename T, bool kBytes>
 __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_constant__ TokenizeBwdParams params) {
 #if VATT_HAS_WGMMA
@@ -226,21 +214,11 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
     for (int i = 0; i < 128; ++i) staging[matrix_index(i) * kBwdStagingRow + video_index(i)] = sum[i];
   }
   __syncthreads();
-  const int group = threadIdx.x % 16, column = p0 + group * 8, count = size - column;
-  if (count <= 0) return;
+  const int group = threadIdx.x % 16, column = p0 + group * 8;
+  if (column >= size) return;
 #pragma unroll 1
   for (int r = threadIdx.x / 16; r < kMatrixSide && d0 + r < dim; r += kThreads / 16) {
-    float values[8];
-    load8(values, staging, r * kBwdStagingRow + group * 8, 8);
-    const int64_t index = static_cast<int64_t>(d0 + r) * size + column;
-    if (params.splits == 1) {
-      const float half = kBytes ? 0.5f * params.grad_sum[d0 + r] : 0.0f;
-#pragma unroll
-      for (float& value : values) value = (kBytes ? kByteScale : 1.0f) * (value + half);
-      store8(params.dweight, params.dweight_dtype, index, values, count);
-    } else {
-      store8(params.workspace + static_cast<int64_t>(blockIdx.y) * dim * size, DType::kFloat, index, values, count);
-    }
+    store_gradient(params, kBytes ? kByteScale : 1.0f, staging + r * kBwdStagingRow + group * 8, d0 + r, column);
   }
 #else
   __trap();
@@ -291,7 +269,6 @@ void tokenize_bwd_weight_wgmma(const TokenizeBwdParams& params, DType dtype, int
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.splits));
   const auto run = dtype == DType::kHalf ? launch_bwd<Half> : launch_bwd<BFloat16>;
   run(params, grid, static_cast<cudaStream_t>(stream));
-  if (params.splits > 1) tokenize_bwd_reduce(params, stream);
 }
 
 }  // namespace vatt

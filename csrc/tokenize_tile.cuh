@@ -1,8 +1,8 @@
 // Pieces of the patch matrix on their way to shared memory: which patch a row is, sixteen of its elements at a time
 // from the video into registers, and from there, converted to T, into a swizzled tile.
 //
-// Bytes are offset by 128, which loses nothing: x - 128 is exact in bfloat16 and float16. The product's last step takes
-// care of the rest: sum w (2/255 x - 1) = 2/255 (sum w (x - 128) + 1/2 sum w).
+// Bytes are offset by 127.5, which loses nothing: x - 127.5 = (2 x - 255) / 2 has eight significant bits, which
+// bfloat16 and float16 hold. The product's last step multiplies by 2/255: 2/255 x - 1 = 2/255 (x - 127.5).
 #pragma once
 
 #include <cstring>
@@ -61,7 +61,7 @@ template <bool kBytes>
 __device__ __forceinline__ float pixel_value(const PatchParams& p, int64_t index) {
   float value = 0.0f;
   if constexpr (kBytes) {
-    value = static_cast<float>(static_cast<int>(static_cast<const uint8_t*>(p.video)[index]) - 128);
+    value = static_cast<float>(static_cast<const uint8_t*>(p.video)[index]) - 127.5f;
   } else {
     VATT_DISPATCH_FLOAT(p.video_dtype, Pixel, value = to_float(static_cast<const Pixel*>(p.video)[index]));
   }
@@ -87,8 +87,8 @@ __device__ __forceinline__ void each_element(const PatchParams& p, int64_t patch
 }
 
 // Sixteen bytes on their way through registers: load() starts the reading by aligned words of four (one of sixteen,
-// where they lie so), get(), as late as possible, waits for them and puts the bytes in order. 128, which becomes zero,
-// where there is no patch.
+// where they lie so), get(), as late as possible, waits for them and puts the bytes in order. Any bytes where there is
+// no patch: what they are multiplied with is zero, or the sum is not stored.
 class ByteChunk {
  public:
   // False if the chunk has to go by store_pixels.
@@ -145,22 +145,24 @@ class ByteChunk {
   int how_;  // bits to shift by, 32 if mirrored; from bit 8 the first byte's channel; from bit 16 the channels
 };
 
-// Four bytes as values x - 128 of T. In bfloat16 without a conversion: 128 + (low seven bits of x) is made of bits,
-// then -128 or -256 is added, by the top bit of x. In float16: 1024 + x is made of bits, then -1152 is added.
+// Four bytes as values x - 127.5 of T, all steps exact. In bfloat16 without a conversion: 128 + (low seven bits of x)
+// is made of bits, -128 or -256 is added, by the top bit of x, then 1/2. In float16: 1024 + x is made of bits, then
+// -1152 and 1/2 are added.
 template <typename T>
 __device__ __forceinline__ void convert_bytes(uint32_t word, uint32_t* values) {
   if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      values[i] = float_bits(static_cast<float>(static_cast<int>(word >> (8 * i) & 0xff) - 128));
+      values[i] = float_bits(static_cast<float>(word >> (8 * i) & 0xff) - 127.5f);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t two = __byte_perm(word, 0, i ? 0x4342 : 0x4140);
-      values[i] = std::is_same_v<T, BFloat16>
-                      ? add2<T>((two & 0x007f007fu) | 0x43004300u, (two & 0x00800080u) ^ 0xc380c380u)
-                      : add2<T>(two | 0x64006400u, 0xe480e480u);
+      values[i] =
+          std::is_same_v<T, BFloat16>
+              ? add2<T>(add2<T>((two & 0x007f007fu) | 0x43004300u, (two & 0x00800080u) ^ 0xc380c380u), 0x3f003f00u)
+              : add2<T>(add2<T>(two | 0x64006400u, 0xe480e480u), 0x38003800u);
     }
   }
 }

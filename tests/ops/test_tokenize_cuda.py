@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kernels():
-    sources = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_sums.cu", "tokenize_device.cpp")
+    sources = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_device.cpp")
     return build([CSRC / name for name in sources], "bind_tokenize_device")
 
 
@@ -111,7 +111,7 @@ def forward(kernels, case, dtype, out_dtype=torch.float32, order=0):
     out = torch.zeros(case.shape[0], rows, case.dim, dtype=out_dtype)
     guards = [Guarded(tensor, case.offset) for tensor in (make_video(case), weight, pos, out)]
     video, weight_, pos_, out = (guard.tensor for guard in guards)
-    tensors = (video, weight_, weight.float().sum(1), bias, pos_, agg, keep, crop, flip, out)
+    tensors = (video, weight_, bias, pos_, agg, keep, crop, flip, out)
     kernels.set_order(order)
     kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), list(size), list(patch), 0)
     for guard in guards:
@@ -131,30 +131,26 @@ def gradient(case, dtype):
 
 
 def backward(kernels, case, dtype, weight_dtype, order=0):
-    """dweight, dbias, dpos, dagg."""
     keep, crop, flip, size, patch = where_of(case)
-    grad = gradient(case, dtype)
-    dim, volume = case.dim, case.volume
-    outputs = [(dim, volume), (dim,), (case.num_tokens, dim), (dim,)]
-    outputs = [torch.zeros(shape, dtype=weight_dtype if i == 0 else torch.float32) for i, shape in enumerate(outputs)]
-    workspaces = [torch.full(shape, float("nan")) for shape in ((case.splits or 1, dim, volume), (3, dim))]
-    guards = [Guarded(tensor, case.offset) for tensor in (make_video(case), grad, *outputs, *workspaces)]
-    video, grad, dweight, dbias, dpos, dagg, workspace, sums = (guard.tensor for guard in guards)
+    splits = case.splits or 1
+    out = torch.full(
+        (splits, case.dim, case.volume), float("nan"), dtype=weight_dtype if splits == 1 else torch.float32
+    )
+    guards = [Guarded(tensor, case.offset) for tensor in (make_video(case), gradient(case, dtype), out)]
+    video, grad, out = (guard.tensor for guard in guards)
     kernels.set_order(order)
-    tensors = (grad, keep, dbias, dpos, dagg if case.agg else None, sums)
-    kernels.tokenize_bwd_rows_cuda(*map(capsule, tensors), case.agg, 0)
-    tensors = (grad, video, keep, crop, flip, dbias, workspace if case.splits else None, dweight)
-    kernels.tokenize_bwd_weight_cuda("mma", *map(capsule, tensors), case.agg, list(size), list(patch), 0)
+    tensors = map(capsule, (grad, video, keep, crop, flip, out))
+    kernels.tokenize_bwd_weight_cuda("mma", *tensors, case.agg, list(size), list(patch), 0)
     for guard in guards:
         guard.check()
-    return dweight, dbias, dpos, dagg
+    return out.sum(0, dtype=torch.float32).to(weight_dtype)
 
 
 def backward_reference(case, dtype, weight_dtype, exact=False):
     grad = gradient(case, dtype).to(torch.float64 if exact else dtype)
     dtypes = (torch.float64, torch.float64) if exact else (dtype, weight_dtype)
-    where = where_of(case)
-    return tokenize_bwd_reference(grad, make_video(case), *where, case.agg, *dtypes, [True, True, True, case.agg])
+    needs = [True, False, False, False]
+    return tokenize_bwd_reference(grad, make_video(case), *where_of(case), case.agg, *dtypes, needs)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,9 +169,7 @@ def test_backward(kernels, case, dtype):
     kernels.take_counts()
     actual = backward(kernels, case, dtype, weight_dtype)
     references = [backward_reference(case, dtype, weight_dtype, exact) for exact in (False, True)]
-    for name, *values in zip(("dweight", "dbias", "dpos", "dagg"), actual, *references):
-        if name != "dagg" or case.agg:
-            assert_within_budget(*values, name=name)
+    assert_within_budget(actual, *references, name="dweight")
     assert kernels.take_counts().get("ldmatrix bank conflicts", 0) == 0
 
 
@@ -187,10 +181,10 @@ STEPS = [BY_NAME[name] for name in ("aligned", "all-of-more-than-a-tile", "odd",
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_the_order_of_warps_changes_nothing(kernels, case, dtype):
     """A missing barrier or wait would: one warp would run ahead of another's reads or writes."""
-    out, dweight = forward(kernels, case, dtype), backward(kernels, case, dtype, dtype)[0]
+    out, dweight = forward(kernels, case, dtype), backward(kernels, case, dtype, dtype)
     for order in (1, 5):
         assert torch.equal(forward(kernels, case, dtype, order=order), out)
-        assert torch.equal(backward(kernels, case, dtype, dtype, order=order)[0], dweight)
+        assert torch.equal(backward(kernels, case, dtype, dtype, order=order), dweight)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
@@ -204,7 +198,7 @@ def test_output_is_rounded_once(kernels, out_dtype):
 def test_every_pixel_value(kernels, dtype):
     video, weight = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256, 1), torch.eye(256, dtype=dtype)
     out, nothing = torch.empty(1, 1, 256), (None,) * 6
-    tensors = (video, weight, weight.float().sum(1), *nothing, out)
+    tensors = (video, weight, *nothing, out)
     kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), [1, 256], [1, 1, 256], 0)
     exact = torch.arange(256.0, dtype=torch.float64) * 2 / 255 - 1
     assert_within_budget(out.flatten(), exact.float(), exact)
@@ -219,18 +213,18 @@ def test_reads_nothing_around_the_video(kernels, front, offset):
     outputs = []
     for video in (make_video(case), Guarded(make_video(case), offset, 1, front=front).tensor):
         outputs.append(torch.zeros(3, case.num_tokens, case.dim))
-        tensors = (video, weight, weight.float().sum(1), *nothing, crop, flip, outputs[-1])
+        tensors = (video, weight, *nothing, crop, flip, outputs[-1])
         kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), list(size), list(patch), 0)
     assert torch.equal(*outputs)
 
 
 def test_what_reaches_agg_stays_there(kernels):
     """An infinite gradient of the AGG row is no gradient of the weight."""
-    grad, keep, dweight = torch.ones(2, 3, 5), torch.tensor([1, 0]), torch.zeros(5, 12)
-    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": grad, "keep": keep, "dweight": dweight})
+    grad, keep, dweight = torch.ones(2, 3, 5), torch.tensor([1, 0]), torch.zeros(1, 5, 12)
+    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": grad, "keep": keep, "out": dweight})
     spoilt, expected = grad.clone(), dweight.clone()
     spoilt[:, 0] = float("inf")
-    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": spoilt, "keep": keep, "dweight": dweight})
+    call(kernels.tokenize_bwd_weight_cuda, BWD, {"grad": spoilt, "keep": keep, "out": dweight})
     assert torch.equal(dweight, expected)
 
 
@@ -241,10 +235,10 @@ def test_offsets_beyond_32_bits(kernels):
     video = memory.as_strided(case.shape, (stride, 8 * 48, 48, 3, 1))
     video.copy_(make_video(case))
     weight, grad = parameters(case, torch.bfloat16)[0], gradient(case, torch.bfloat16)
-    out, dweight, nothing = torch.zeros(2, 1, 4), torch.zeros(4, case.volume), (None,) * 6
-    tensors = (video, weight, weight.float().sum(1), *nothing, out)
+    out, dweight, nothing = torch.zeros(2, 1, 4), torch.zeros(1, 4, case.volume), (None,) * 6
+    tensors = (video, weight, *nothing, out)
     kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), [8, 16], [2, 8, 16], 0)
-    tensors = (grad, video, None, None, None, grad.float().sum((0, 1)), None, dweight)
+    tensors = (grad, video, None, None, None, dweight)
     kernels.tokenize_bwd_weight_cuda("mma", *map(capsule, tensors), False, [8, 16], [2, 8, 16], 0)
     where = (None, None, None, [8, 16], [2, 8, 16])
     near = make_video(case)
@@ -254,14 +248,13 @@ def test_offsets_beyond_32_bits(kernels):
     )
     needs = [True, False, False, False]
     expected = tokenize_bwd_reference(grad.double(), near, *where, False, torch.float64, torch.float64, needs)[0]
-    assert_within_budget(dweight, expected.float(), expected)
+    assert_within_budget(dweight[0], expected.float(), expected)
 
 
 FWD = {
     "path": "mma",
     "video": torch.zeros(2, 2, 4, 4, 3, dtype=torch.uint8),
     "weight": torch.zeros(5, 12),
-    "weight_sum": torch.zeros(5),
     "bias": None,
     "pos": None,
     "agg": torch.zeros(5),
@@ -276,20 +269,8 @@ FWD = {
 BWD = {
     **{name: FWD[name] for name in ("path", "video", "keep", "crop", "flip", "size", "patch", "stream")},
     "grad": torch.zeros(2, 3, 5),
-    "grad_sum": torch.zeros(5),
-    "workspace": None,
-    "dweight": torch.zeros(5, 12),
+    "out": torch.zeros(1, 5, 12),
     "agg": True,
-}
-ROWS = {
-    "grad": torch.zeros(2, 3, 5),
-    "keep": torch.tensor([1, 0]),
-    "dbias": torch.zeros(5),
-    "dpos": torch.zeros(8, 5),
-    "dagg": torch.zeros(5),
-    "workspace": torch.zeros(1, 5),
-    "agg": True,
-    "stream": 0,
 }
 
 
@@ -300,11 +281,7 @@ def call(function, arguments, changes):
 
 @pytest.mark.parametrize("where", [{"keep": torch.tensor([1, 8])}, {"keep": torch.tensor([[0, 1], [2, -1]])}], ids=str)
 def test_tokens_outside_the_grid_trap(kernels, where):
-    for function, arguments in (
-        (kernels.tokenize_fwd_cuda, FWD),
-        (kernels.tokenize_bwd_weight_cuda, BWD),
-        (kernels.tokenize_bwd_rows_cuda, ROWS),
-    ):
+    for function, arguments in ((kernels.tokenize_fwd_cuda, FWD), (kernels.tokenize_bwd_weight_cuda, BWD)):
         call(function, arguments, {})
         with pytest.raises(RuntimeError, match="trap in block"):
             call(function, arguments, where)
@@ -325,7 +302,7 @@ def test_windows_outside_the_video_trap(kernels, corner):
         ("fwd", {"path": "mmx"}, "path must be one of this module's, got mmx"),
         ("fwd", {"weight": torch.zeros(5, 11)}, r"weight must be contiguous .* \[5, 12\], got shape \[5, 11\]"),
         ("fwd", {"weight": torch.zeros(12, 5).T}, r"weight must be contiguous float32, bfloat16 or float16 \[5, 12\]"),
-        ("fwd", {"weight_sum": torch.zeros(5).half()}, r"weight_sum must be contiguous float32 \[5\]"),
+        ("fwd", {"bias": torch.zeros(5).half()}, r"bias must be contiguous float32 \[5\]"),
         ("fwd", {"pos": torch.zeros(7, 5)}, r"pos must be contiguous float32 \[8, 5\], got shape \[7, 5\]"),
         ("fwd", {"agg": None}, r"out must be contiguous .* \[2, 2, 5\], got shape \[2, 3, 5\]"),
         ("fwd", {"crop": torch.zeros(2, 2)}, r"crop must be contiguous int64 \[2, 2\]"),
@@ -334,20 +311,20 @@ def test_windows_outside_the_video_trap(kernels, corner):
             {"grad": torch.zeros(2, 2, 5)},
             r"grad must be contiguous .* \[2, 3, 5\], got shape \[2, 2, 5\]",
         ),
-        ("bwd_weight", {"workspace": torch.zeros(2, 4, 12)}, r"workspace must be contiguous float32 \[2, 5, 12\]"),
-        ("bwd_weight", {"workspace": torch.zeros(0, 5, 12)}, "workspace must have 1 to 65535 splits, got 0"),
-        ("bwd_weight", {"dweight": torch.zeros(5, 12).double()}, "dweight must be contiguous float32, bfloat16 or"),
-        ("bwd_rows", {"keep": None}, "dpos must have 2 rows, got 8"),
-        ("bwd_rows", {"keep": torch.tensor([1])}, r"keep must be int64 \[2\] or \[2, 2\] .*, got shape \[1\]"),
-        ("bwd_rows", {"agg": False}, "dagg must be None without AGG rows"),
-        ("bwd_rows", {"workspace": torch.zeros(0, 5)}, "workspace must have at least one row"),
+        (
+            "bwd_weight",
+            {"out": torch.zeros(2, 5, 11)},
+            r"out must be contiguous .* \[2, 5, 12\], got shape \[2, 5, 11\]",
+        ),
+        ("bwd_weight", {"out": torch.zeros(0, 5, 12)}, "out must have 1 to 65535 splits, got 0"),
+        ("bwd_weight", {"out": torch.zeros(1, 5, 12).double()}, "out must be contiguous float32, bfloat16 or"),
     ],
 )
 def test_refuses_with_the_value(kernels, function, changes, message):
     with pytest.raises(ValueError, match=message):
         call(
             getattr(kernels, f"tokenize_{function}_cuda"),
-            {"fwd": FWD, "bwd_weight": BWD, "bwd_rows": ROWS}[function],
+            {"fwd": FWD, "bwd_weight": BWD}[function],
             changes,
         )
 

@@ -10,7 +10,7 @@ from vatt_engine.ops import tokenize_native
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
 from vatt_engine.testing import assert_within_budget, randn
 
-SOURCES = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_sums.cu", "tokenize_device.cpp")
+SOURCES = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_device.cpp")
 PATHS = [("mma", torch.float32), ("mma", torch.bfloat16), ("wgmma", torch.bfloat16), ("wgmma", torch.float16)]
 
 

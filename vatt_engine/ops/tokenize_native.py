@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 PIECE_BYTES = 3 << 20  # of the patch matrix, on a CPU
-SUM_CHUNKS = 512  # pieces of a sum over rows on a GPU, each a block's
 
 
 def fwd_cpp(
@@ -186,14 +185,14 @@ def _fwd_cuda(
     patch: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """One kernel, after the weight is rounded to the product's dtype and its rows are summed."""
+    """One kernel, after the weight is rounded to the product's dtype."""
     kept = _num_tokens(video, size, patch) if keep is None else keep.shape[-1]
     out_dtype = dtype if pos is None else torch.promote_types(dtype, pos.dtype)
     out = video.new_empty(video.shape[0], kept + (agg is not None), weight.shape[0], dtype=out_dtype)
     weight = weight.to(dtype).contiguous()
     terms = (None if term is None else term.float().contiguous() for term in (bias, pos, agg))
     where = (keep, None if crop is None else crop.contiguous(), None if flip is None else flip.contiguous())
-    tensors = _capsules(video, weight, weight.sum(1, dtype=torch.float32), *terms, *where, out)
+    tensors = _capsules(video, weight, *terms, *where, out)
     _native().tokenize_fwd_cuda(path, *tensors, list(size), list(patch), _stream(video))
     return out
 
@@ -212,25 +211,17 @@ def _bwd_cuda(
     weight_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums of rows, then dweight: its product with bytes less 128 needs the sum of all rows beside it."""
-    dim, columns = grad.shape[2], patch[0] * patch[1] * patch[2] * video.shape[4]
-    rows = grad.shape[0] * grad.shape[1]
-    empty = functools.partial(grad.new_empty, dtype=torch.float32)
-    dbias, dagg = (empty(dim) if need else None for need in (needs[0] or needs[1], needs[3]))
-    dpos = grad.new_zeros(_num_tokens(video, size, patch), dim, dtype=torch.float32) if needs[2] else None
-    chunks = empty(max(1, min(rows, SUM_CHUNKS)), dim)
-    native, stream = _native(), _stream(grad)
-    native.tokenize_bwd_rows_cuda(*_capsules(grad, keep, dbias, dpos, dagg, chunks), agg, stream)
+    """One kernel for dweight, in parts that fill the device; the other gradients are sums of rows."""
     dweight = grad.new_empty(0, dtype=weight_dtype)
     if needs[0]:
-        dweight = grad.new_empty(dim, columns, dtype=weight_dtype)
-        splits = native.tokenize_bwd_splits(rows, dim, columns, grad.device.index or 0)
-        workspace = empty(splits, dim, columns) if splits > 1 else None
+        dim, columns = grad.shape[2], patch[0] * patch[1] * patch[2] * video.shape[4]
+        splits = _native().tokenize_bwd_splits(grad.shape[0] * grad.shape[1], dim, columns, grad.device.index or 0)
+        parts = grad.new_empty(splits, dim, columns, dtype=weight_dtype if splits == 1 else torch.float32)
         where = (keep, None if crop is None else crop.contiguous(), None if flip is None else flip.contiguous())
-        tensors = _capsules(grad.to(dtype), video, *where, dbias, workspace, dweight)
-        native.tokenize_bwd_weight_cuda(path, *tensors, agg, list(size), list(patch), stream)
-    sums = (x if need else empty(0) for x, need in zip((dbias, dpos, dagg), needs[1:]))
-    return dweight, *sums
+        tensors = _capsules(grad.to(dtype), video, *where, parts)
+        _native().tokenize_bwd_weight_cuda(path, *tensors, agg, list(size), list(patch), _stream(grad))
+        dweight = parts[0] if splits == 1 else parts.sum(0).to(weight_dtype)
+    return dweight, *_row_sums(grad, keep, agg, _num_tokens(video, size, patch), needs)
 
 
 fwd_mma, bwd_mma = functools.partial(_fwd_cuda, "mma"), functools.partial(_bwd_cuda, "mma")

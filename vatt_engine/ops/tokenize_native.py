@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-PIECE_BYTES = 3 << 20  # of the patch matrix, on a CPU
+PIECE_BYTES = 4 << 20  # of the patch matrix, on a CPU: more gains little time, less costs the product some
 
 
 def fwd_cpp(
@@ -87,7 +87,7 @@ def _start_rows(
     if pos is None:
         rows.zero_()
     else:
-        rows.copy_(pos[patches.token_of_row[first : first + len(rows)]])
+        rows.copy_(pos.index_select(0, patches.token_of_row[first : first + len(rows)]))
     if bias is not None:
         rows += bias
     if agg is not None:

@@ -32,7 +32,7 @@ def op(shape, video, weight, bias, pos, agg, keep):
 
 def conv3d(shape, video, weight, bias, pos, agg, keep):
     """The eager way of other projects: the whole clip as float, every token projected, half of them dropped."""
-    scaled = (video.to(weight.dtype) * 2 / 255 - 1).permute(0, 4, 1, 2, 3)
+    scaled = (video.float() * 2 / 255 - 1).to(weight.dtype).permute(0, 4, 1, 2, 3)
     kernel = weight.view(len(weight), *shape.patch, 3).permute(0, 4, 1, 2, 3)
     tokens = F.conv3d(scaled, kernel, bias, stride=shape.patch).flatten(2).mT + pos
     return torch.cat([agg.expand(len(video), 1, -1), tokens[:, keep]], dim=1)

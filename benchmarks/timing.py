@@ -107,7 +107,8 @@ def one_round(
 def peak_extra_bytes(call: Call, device: str) -> int | None:
     """Memory that one call takes on top of what is held before it, at its highest; None where nothing can tell.
 
-    On a GPU what torch's allocator gave out, on Linux the resident set of the process (the kernel's high-water mark).
+    On a GPU what torch's allocator gave out. On Linux the resident set of the process (the kernel's high-water mark),
+    the least of three calls: what one takes beyond that are holes which earlier calls have left in the heap.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -117,12 +118,16 @@ def peak_extra_bytes(call: Call, device: str) -> int | None:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+    if _reset_high_water_mark() is None:
+        return None
+    return min(_resident_growth(call) for _ in range(3))
+
+
+def _resident_growth(call: Call) -> int:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)  # what the C library holds back would hide the same amount of what the call takes
     before = _reset_high_water_mark()
-    if before is None:
-        return None
     kept = call()
     peak = _status_bytes("VmHWM")
     del kept

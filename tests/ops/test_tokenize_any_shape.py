@@ -15,11 +15,15 @@ IMPLS = [pair for pair in impls_of("tokenize") if pair[0] != "reference"]
 
 
 def draw_call(draw, device):
-    """A video and the other arguments of tokenize_video, any of them odd."""
+    """A video and the other arguments of tokenize_video, any of them odd.
+
+    D is not small, or the reference's largest error would be one of too few to be a measure.
+    """
+    torch.manual_seed(draw(st.integers(0, 2**32)))
     small = st.integers(1, 6)
     patch, rests = [[draw(small) - low for _ in range(3)] for low in (0, 1)]
     grid = [draw(st.integers(1, 4)) for _ in range(3)]
-    batch, channels, dim = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    batch, channels, dim = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(24, 70))
     frames, *size = (count * step + rest for count, step, rest in zip(grid, patch, rests))
     border = [draw(small) - 1 for _ in range(2)] if draw(st.booleans()) else [0, 0]
     frame = [length + extra for length, extra in zip(size, border)]
@@ -38,11 +42,12 @@ def draw_call(draw, device):
     shapes = {"weight": (dim, patch[0] * patch[1] * patch[2] * channels), "bias": (dim,), "pos": (tokens, dim)}
     names = [name for name in ("weight", "bias", "pos", "agg") if name == "weight" or draw(st.booleans())]
     parameters = {name: randn(*shapes.get(name, (dim,)), seed=i) for i, name in enumerate(names)}
+    parameters["weight"] /= shapes["weight"][1] ** 0.5
     return video, parameters, call
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_stays_inside_the_budget(impl, device, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))

@@ -67,16 +67,19 @@ def bwd_cpp(
     if needs[0]:
         patches = _PatchMatrix(video, keep, crop, flip, size, patch, agg, _product_dtype(dtype))
         dweight = _weight_gradient(grad.view(-1, grad.shape[2]), patches, weight_dtype)
+        del patches  # and its piece
     return dweight, *_row_sums(grad, keep, agg, _num_tokens(video, size, patch), needs)
 
 
 def _weight_gradient(grad: Tensor, patches: _PatchMatrix, dtype: torch.dtype) -> Tensor:
-    out = grad.new_empty(grad.shape[1], patches.num_columns, dtype=dtype)
-    grad = grad.to(patches.dtype)
+    rows = grad.to(patches.dtype)
     step = max(1, PIECE_BYTES // max(1, patches.num_rows * patches.run_size * patches.dtype.itemsize))
+    step = min(step, patches.num_runs)
+    first = patches.columns(0, step)  # before `out`: the heap has room for what ends with this call
+    out = grad.new_empty(grad.shape[1], patches.num_columns, dtype=dtype)
     for run in range(0, patches.num_runs, step):
-        piece = patches.columns(run, min(step, patches.num_runs - run))
-        out[:, run * patches.run_size :][:, : piece.shape[1]] = grad.T @ piece
+        piece = patches.columns(run, min(step, patches.num_runs - run)) if run else first
+        out[:, run * patches.run_size :][:, : piece.shape[1]] = rows.T @ piece
     return out
 
 
@@ -107,8 +110,10 @@ def _row_sums(
         dbias = dpos.sum(0) if needs[1] else dbias
     elif needs[1] or needs[2]:
         by_position = rows.new_zeros(rows.shape[1:], dtype=torch.float32)
+        wide = torch.empty_like(by_position)
         for sample in rows:  # the library's sum would make all of them float32 first
-            by_position += sample
+            by_position += wide.copy_(sample)
+        del wide
         dbias = by_position.sum(0) if needs[1] else dbias
         if needs[2]:
             zeros = by_position.new_zeros(num_tokens, rows.shape[2])

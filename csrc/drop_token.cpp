@@ -64,7 +64,7 @@ void sum_rows(const DropTokenParams& p, int64_t b, const int64_t* first, const i
   std::fill(sum, sum + p.width, 0.0f);
   for (const int64_t* row = first; row != last; ++row) {
     const T* in = static_cast<const T*>(p.in) + input_offset(p, b, *row);
-    for (int64_t i = 0; i < p.width; ++i) sum[i] += widen(in[i]);
+    for (int64_t i = 0; i < p.width; ++i) sum[i] += to_float(in[i]);
   }
   for (int64_t i = 0; i < p.width; ++i) out[i] = from_float<T>(sum[i]);
 }

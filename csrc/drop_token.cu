@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 4) scatter_rows_kernel(const DropTok
         unsigned int left = count[n];
         for (int64_t k = first[n]; left > 0; ++k) {
           if (kept_position(p, b, k) != begin + n) continue;
-          sum += widen(in[k * p.in_stride_row + c]);
+          sum += to_float(in[k * p.in_stride_row + c]);
           --left;
         }
         out[c] = from_float<T>(sum);

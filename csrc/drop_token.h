@@ -1,5 +1,5 @@
 // DropToken: y[b, k] = x[b, keep[k]] and its transpose, and the positions a step keeps. What C++ and CUDA share is
-// here: where rows lie, the hash that draws the positions, and the widening of half-precision values.
+// here: where rows lie, and the hash that draws the positions.
 #pragma once
 
 #include <cstdint>
@@ -54,16 +54,6 @@ VATT_HOST_DEVICE uint64_t sample_stream(const SampleParams& p, int64_t b) {
 VATT_HOST_DEVICE int64_t position_key(uint64_t stream, int64_t position) {
   const uint64_t hash = splitmix64(stream ^ splitmix64(static_cast<uint64_t>(position)));
   return (static_cast<int64_t>(hash) & ~kPositionMask) | position;
-}
-
-VATT_HOST_DEVICE float widen(float x) { return x; }
-
-VATT_HOST_DEVICE float widen(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-
-VATT_HOST_DEVICE float widen(Half x) {
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  const uint32_t scaled = float_bits(bits_float(magnitude << 13) * bits_float(0x77800000u));  // 2^112: exact
-  return bits_float((magnitude < 0x7c00u ? scaled : magnitude << 13 | 0x7f800000u) | (x.bits & 0x8000u) << 16);
 }
 
 // They launch on `stream` of `device`; a position outside the tokens traps.

@@ -1,4 +1,4 @@
-// Element types, their rounding from float on host and device, and the one macro that turns a dtype into a template.
+// Element types, their way from and to float on host and device, and the one macro that turns a dtype into a template.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +59,17 @@ VATT_HOST_DEVICE Half from_float<Half>(float x) {
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
   return {static_cast<uint16_t>((magnitude >= 0x477ff000u ? overflow : finite) | (sign >> 16))};
+}
+
+// Exact.
+VATT_HOST_DEVICE float to_float(float x) { return x; }
+
+VATT_HOST_DEVICE float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+VATT_HOST_DEVICE float to_float(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t scaled = float_bits(bits_float(magnitude << 13) * bits_float(0x77800000u));  // 2^112: exact
+  return bits_float((magnitude < 0x7c00u ? scaled : magnitude << 13 | 0x7f800000u) | (x.bits & 0x8000u) << 16);
 }
 
 }  // namespace vatt

@@ -96,16 +96,6 @@ __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
   return sum;
 }
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(BFloat16 value) {
-  return bits_float(static_cast<uint32_t>(value.bits) << 16);
-}
-__device__ __forceinline__ float to_float(Half value) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(value.bits));
-  return x;
-}
-
 }  // namespace vatt
 
 #endif

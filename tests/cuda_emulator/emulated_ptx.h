@@ -120,10 +120,4 @@ uint32_t add2(uint32_t a, uint32_t b) {
   return pack2<T>(sum(0), sum(1));
 }
 
-template <typename T>
-float to_float(T value) {
-  return emulator::to_float<T>(value.bits);
-}
-inline float to_float(float value) { return value; }
-
 }  // namespace vatt

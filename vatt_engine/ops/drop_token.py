@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing
 
@@ -250,6 +251,7 @@ class _DropToken(torch.autograd.Function):
         return _fwd(tokens, keep)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
         return _bwd(grad.contiguous(), keep, ctx.num_tokens), None

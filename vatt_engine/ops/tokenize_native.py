@@ -109,11 +109,7 @@ def _row_sums(
         dpos.scatter_add_(0, keep.flatten()[:, None].expand_as(rows), rows)
         dbias = dpos.sum(0) if needs[1] else dbias
     elif needs[1] or needs[2]:
-        by_position = rows.new_zeros(rows.shape[1:], dtype=torch.float32)
-        wide = torch.empty_like(by_position)
-        for sample in rows:  # the library's sum would make all of them float32 first
-            by_position += wide.copy_(sample)
-        del wide
+        by_position = _sum_of_samples(rows)
         dbias = by_position.sum(0) if needs[1] else dbias
         if needs[2]:
             zeros = by_position.new_zeros(num_tokens, rows.shape[2])
@@ -121,6 +117,17 @@ def _row_sums(
     if needs[3]:
         dagg = grad[:, 0].sum(0, dtype=torch.float32)
     return dbias, dpos, dagg
+
+
+def _sum_of_samples(rows: Tensor) -> Tensor:
+    """sum(0) in float32; on a CPU the library's would make all rows float32 first."""
+    if not rows.is_cpu or rows.dtype == torch.float32:
+        return rows.sum(0, dtype=torch.float32)
+    total = rows.new_zeros(rows.shape[1:], dtype=torch.float32)
+    wide = torch.empty_like(total)
+    for sample in rows:
+        total += wide.copy_(sample)
+    return total
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:

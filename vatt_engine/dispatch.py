@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("vatt", "DEF")
 
@@ -125,7 +126,9 @@ def _warn_once(stem: str, name: str, reason: str) -> None:
         warnings.warn(f"{stem}: {name} is not available, the next implementation is used: {reason}", stacklevel=4)
 
 
-def define_op(stem: str, schema: str, *, fake: Callable[..., Any], impls: Sequence[Impl]) -> Callable[..., Any]:
+def define_op(
+    stem: str, schema: str, *, fake: Callable[..., Any], impls: Sequence[Impl], flops: Callable[..., int]
+) -> Callable[..., Any]:
     """Register `torch.ops.vatt.<name>` of `schema` and return its handle.
 
     Args:
@@ -133,13 +136,22 @@ def define_op(stem: str, schema: str, *, fake: Callable[..., Any], impls: Sequen
         schema: e.g. "nce_stats(Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"; nothing is mutated.
         fake: shapes and dtypes of the outputs, run under torch.compile.
         impls: in order of preference; each takes the schema's arguments.
+        flops: what torch.utils.flop_counter counts of a call: (the schema's arguments with a shape for every tensor,
+            out_shape=shape of the output) -> 2 per multiplication and addition of its products, whoever computes them.
     """
     name = schema.partition("(")[0]
     _IMPLS.setdefault(stem, {})[name] = list(impls)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, lambda *args: _pick(stem, name, args)(*args), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vatt::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.vatt, name).default
+    packet = getattr(torch.ops.vatt, name)
+    register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def no_flops(*_args: Any, **_kwargs: Any) -> int:
+    """The formula of an op that multiplies nothing."""
+    return 0
 
 
 def define_choice(stem: str, impls: Sequence[Impl]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing
+from vatt_engine.dispatch import Impl, define_op, native_missing, no_flops, triton_missing
 
 # Constants of the splitmix64 finaliser (Steele, Lea and Flood 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -228,18 +228,21 @@ _fwd = define_op(
     "drop_token_fwd(Tensor tokens, Tensor keep) -> Tensor",
     fake=_fwd_fake,
     impls=_impls("drop_token_fwd", drop_token_reference, _fwd_native, rows=True),
+    flops=no_flops,
 )
 _bwd = define_op(
     "drop_token",
     "drop_token_bwd(Tensor grad, Tensor keep, SymInt num_tokens) -> Tensor",
     fake=_bwd_fake,
     impls=_impls("drop_token_bwd", drop_token_bwd_reference, _bwd_native, rows=True),
+    flops=no_flops,
 )
 _sample = define_op(
     "drop_token",
     "sample_keep(Tensor seed, Tensor? sample_id, SymInt num_tokens, SymInt num_kept) -> Tensor",
     fake=_sample_fake,
     impls=_impls("sample_keep", sample_keep_reference, _sample_native, rows=False),
+    flops=no_flops,
 )
 
 

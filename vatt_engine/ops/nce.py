@@ -208,6 +208,7 @@ _stats = define_op(
         Impl("chunked", "any", "vatt_engine.ops.nce_chunked:stats"),
         Impl("reference", "any", nce_stats_reference),
     ],
+    flops=lambda a, b, *_, **__: 2 * a.numel() * b[:2].numel(),
 )
 _grad = define_op(
     "nce",
@@ -218,6 +219,7 @@ _grad = define_op(
         Impl("chunked", "any", "vatt_engine.ops.nce_chunked:grad"),
         Impl("reference", "any", nce_grad_reference),
     ],
+    flops=lambda a, b, *_, **__: 6 * a.numel() * b[:2].numel(),  # the similarities once more, and a product per side
 )
 
 

@@ -234,6 +234,25 @@ def _bwd_fake(
     return tuple(grad.new_empty(s if need else (0,), dtype=d) for s, d, need in zip(shapes, dtypes, needs))
 
 
+def _fwd_flops(
+    _video: object,
+    weight: torch.Size,
+    _bias: object,
+    _pos: object,
+    agg: torch.Size | None,
+    *_: object,
+    out_shape: torch.Size,
+) -> int:
+    batch, rows, _dim = out_shape
+    return 2 * batch * (rows - (agg is not None)) * weight.numel()
+
+
+def _bwd_flops(grad: torch.Size, *rest: object, out_shape: tuple[torch.Size, ...]) -> int:
+    """The product for dweight, where it is wanted: its shape is [0] elsewhere."""
+    batch, rows, _dim = grad
+    return 2 * batch * (rows - rest[6]) * out_shape[0].numel()
+
+
 def _refuses(video: Tensor, patch: Sequence[int], dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> str | None:
     """What every native and Triton implementation asks of its input."""
     if dtype not in dtypes:
@@ -277,6 +296,7 @@ _fwd = define_op(
     "Tensor? flip, SymInt[] size, int[] patch, ScalarType dtype) -> Tensor",
     fake=_fwd_fake,
     impls=_impls("fwd", lambda dtypes: lambda *args: _refuses(args[0], args[9], args[10], dtypes)),
+    flops=_fwd_flops,
 )
 _bwd = define_op(
     "tokenize",
@@ -284,6 +304,7 @@ _bwd = define_op(
     "bool agg, ScalarType dtype, ScalarType weight_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_bwd_fake,
     impls=_impls("bwd", lambda dtypes: lambda *args: _refuses(args[1], args[6], args[8], dtypes)),
+    flops=_bwd_flops,
 )
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .segment_sum import segment_sum, segments
+from .splitmix import splitmix64
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,7 @@ TILES = (GatherTiles(block_k=16, block_d=256, num_warps=4),)
 SORT_TILES = (SortTiles(num_tokens=1024, num_warps=4), SortTiles(num_tokens=4096, num_warps=8))
 KEY_BLOCK = 1024
 
-# The splitmix64 finaliser (Steele, Lea and Flood 2014); the low bits of a key hold its position.
-GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-MIX_2 = tl.constexpr(0x94D049BB133111EB)
+# The low bits of a key hold its position.
 POSITION_MASK = tl.constexpr((1 << 20) - 1)
 
 
@@ -77,22 +75,13 @@ def drop_token_fwd_kernel(
 
 
 @triton.jit
-def _mix(x):
-    """splitmix64: a bijection of 64-bit integers whose output bits all depend on all input bits."""
-    x = x.to(tl.uint64, bitcast=True) + GOLDEN
-    x = (x ^ (x >> 30)) * MIX_1
-    x = (x ^ (x >> 27)) * MIX_2
-    return (x ^ (x >> 31)).to(tl.int64, bitcast=True)
-
-
-@triton.jit
 def _key(seed_ptr, sample_id_ptr, sample, n):
     """What position n of a sample is ordered by, a signed 64-bit integer that no other position of it has."""
-    stream = _mix(tl.load(seed_ptr))
+    stream = splitmix64(tl.load(seed_ptr))
     if sample_id_ptr is not None:
-        stream = _mix(stream ^ _mix(tl.load(sample_id_ptr + sample)))
+        stream = splitmix64(stream ^ splitmix64(tl.load(sample_id_ptr + sample)))
     n = n.to(tl.int64)
-    return (_mix(stream ^ _mix(n)) & ~POSITION_MASK) | n
+    return (splitmix64(stream ^ splitmix64(n)) & ~POSITION_MASK) | n
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arch import arch_of
 from .segment_sum import segment_sum, segments
 from .tokenize_patches import Patches, load_patches, pixels
 
@@ -68,11 +69,6 @@ def choose_tiles(table: Sequence[Tiles], arch: int, dtype: torch.dtype, word: in
     half = dtype != torch.float32
     fits = (tiles for tiles in table if arch in tiles.archs and tiles.half == half and rows >= tiles.min_rows)
     return next(tiles for tiles in fits if word in tiles.words or 1 in tiles.words)
-
-
-def arch_of(device: torch.device) -> int:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return 10 * major if major in (9, 10) else 80
 
 
 @triton.jit

@@ -13,11 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vatt_engine.dispatch import Impl, define_op, native_missing, no_flops, triton_missing
-
-# Constants of the splitmix64 finaliser (Steele, Lea and Flood 2014), as signed 64-bit integers.
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+from vatt_engine.splitmix import splitmix64
 
 _POSITION = (1 << 20) - 1  # the low bits of a key, which hold its position
 _MAX_TOKENS_CUDA = 1 << 13  # whose keys the CUDA kernel sorts in shared memory
@@ -124,25 +120,12 @@ def drop_token_bwd_reference(grad: Tensor, keep: Tensor, num_tokens: int) -> Ten
 
 def sample_keep_reference(seed: Tensor, sample_id: Tensor | None, num_tokens: int, num_kept: int) -> Tensor:
     """The meaning of the sample: all keys sorted, the positions of the first `num_kept`."""
-    stream = _mix(seed)
+    stream = splitmix64(seed)
     if sample_id is not None:
-        stream = _mix(stream ^ _mix(sample_id)).unsqueeze(-1)
+        stream = splitmix64(stream ^ splitmix64(sample_id)).unsqueeze(-1)
     position = torch.arange(num_tokens, device=seed.device, dtype=torch.int64)
-    keys = _mix(stream ^ _mix(position)) & ~_POSITION | position
+    keys = splitmix64(stream ^ splitmix64(position)) & ~_POSITION | position
     return keys.sort(dim=-1).values[..., :num_kept] & _POSITION
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64: a bijection of 64-bit integers whose output bits all depend on all input bits."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _check_positions(keep: Tensor, num_tokens: int) -> None:

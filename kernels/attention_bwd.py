@@ -335,11 +335,13 @@ def attention_bwd(
     """grad, out [B, H, K, D] -> dqkv [B, N, 3, H, D], zero in rows that `keep` leaves out; dbias or [0]."""
     call = prepare(q, k, v, keep, bias, key_mask, seed, cu_seqlens, dropout_p, scale)
     batch, heads, tokens, dim = q.shape
-    dqkv = (q.new_empty if keep is None else q.new_zeros)(batch, tokens, 3, heads, dim)
+    dqkv = q.new_empty(batch, tokens, 3, heads, dim)
+    if keep is not None:
+        dqkv.zero_()
     dbias = q.new_empty(0)
     if call.num_rows * q.numel() == 0:
         return dqkv, bias.new_zeros(bias.shape) if needs_bias else dbias
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4)
     rows = {
         "dout_ptr": grad.transpose(1, 2).contiguous(),

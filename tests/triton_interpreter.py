@@ -13,14 +13,11 @@ launchers ask for.
 from __future__ import annotations
 
 import importlib
-import itertools
-import random
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -168,25 +165,3 @@ def guard_bands(band: int = 256) -> Iterator[None]:
     for buffer in buffers:
         assert bool((buffer[:band] == 0xFF).all()), "written before the beginning"
         assert bool((buffer[-band:] == 0xFF).all()), "written beyond the end"
-
-
-def pairwise(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Combinations in which any two values of any two options meet at least once."""
-    draw = random.Random(0)
-
-    def enumerated(name: str) -> list[tuple[str, int]]:
-        return [(name, i) for i in range(len(options[name]))]
-
-    left = {
-        pair
-        for one, other in itertools.combinations(options, 2)
-        for pair in itertools.product(enumerated(one), enumerated(other))
-    }
-    rows = []
-    while left:
-        seed = dict(draw.choice(sorted(left)))
-        candidates = [{name: draw.randrange(len(values)) for name, values in options.items()} | seed for _ in range(50)]
-        best = max(candidates, key=lambda row: sum(pair in left for pair in itertools.combinations(row.items(), 2)))
-        left.difference_update(itertools.combinations(best.items(), 2))
-        rows.append({name: options[name][i] for name, i in best.items()})
-    return rows

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_interpreter
+from pairwise import pairwise
 
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
 from vatt_engine.testing import assert_within_budget, randn
@@ -39,7 +40,7 @@ OPTIONS = {
 }
 WORDS = {"video": [U8], "shape": ["words", "words_rests"], "crop": [False], "flip": [False]}
 WORDS["layout"] = ["contiguous", "strided"]
-CASES = [*triton_interpreter.pairwise(OPTIONS), *triton_interpreter.pairwise(OPTIONS | WORDS)]
+CASES = [*pairwise(OPTIONS), *pairwise(OPTIONS | WORDS)]
 
 
 def label(case):

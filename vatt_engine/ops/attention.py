@@ -250,7 +250,7 @@ def _check_options(
     batch, heads, tokens, dtype, device = rows
     if keep is not None:
         _check_keep(keep, batch, tokens)
-    if bias is not None and tuple(bias.shape) not in ((heads, tokens, tokens), (batch, heads, tokens, tokens)):
+    if bias is not None and (bias.shape[-3:] != (heads, tokens, tokens) or bias.shape[:-3] not in ((), (batch,))):
         raise ValueError(f"attention: bias must be [({batch},) {heads}, {tokens}, {tokens}], got {list(bias.shape)}.")
     if bias is not None and bias.dtype != dtype:
         raise ValueError(f"attention: bias must have the dtype of q {dtype}, got {bias.dtype}.")

@@ -21,7 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vatt_engine.kernels import drop_token, segment_sum, tokenize, tokenize_patches
+from vatt_engine.kernels import (
+    attention,
+    attention_bwd,
+    attention_tile,
+    drop_token,
+    segment_sum,
+    tokenize,
+    tokenize_patches,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +52,7 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     archs: tuple[int, ...] = ARCHS
     tensor_cores: bool = False
+    small: bool = False  # tiles below the 64 rows that the instructions of 90 and 100 take: those of 80 are used
 
 
 # A video of [T, 224, 224, 3] read in words, in bytes, in bytes of windows that are cropped and mirrored; a waveform.
@@ -57,6 +66,7 @@ READS = {
 ROWS = {"num_rows": "i32", "dim": "i32:16", "rows_per_sample": "i32", "corner_ptr": "*i64:16"}
 KEEP = {"keep_ptr": "*i64:16", "keep_stride_b": "i32:16", "keep_stride_k": 1}
 ASSERTS = {"debug": True, "sanitize_overflow": False}
+TAKEN = {"num_warps", "num_stages", *ASSERTS}  # of a launch, beside the kernel's own arguments
 
 
 def integers(names: str) -> dict[str, str]:
@@ -121,7 +131,55 @@ def segment_sums() -> Iterator[Launch]:
             yield Launch(segment_sum.segment_sum_kernel, f"to {out}", args | more)
 
 
+# Video at 50 % kept, the text tower, the packed modality-agnostic backbone, progressive DropToken.
+ATTENTION = {
+    "dense": {"TAIL": 32},
+    "text": {"bias_ptr": "half", "mask_ptr": "*i1:16", "seed_ptr": "*i64:16", "TAIL": 32},
+    "packed": {"tile_ptr": "*i32:16", "mask_ptr": "*i1:16", "seed_ptr": "*i64:16"},
+    "keep": {"keep_ptr": "*i64:16", "keep_stride_k": 1, "seed_ptr": "*i64:16", "TAIL": 16} | ASSERTS,
+}
+ATTENTION_TABLES = {
+    attention.attention_fwd_kernel: attention.FWD_TILES,
+    attention_bwd.attention_dq_kernel: attention_bwd.DQ_TILES,
+    attention_bwd.attention_dkv_kernel: attention_bwd.DKV_TILES,
+    attention_bwd.attention_dbias_kernel: attention_bwd.DBIAS_TILES,
+}
+
+
+def attention_passes() -> Iterator[Launch]:
+    pointers = dict.fromkeys(["bias_ptr", "mask_ptr", "tile_ptr", "seed_ptr", "keep_ptr"])
+    statistics = dict.fromkeys(["lse_ptr", "delta_ptr", "dbias_ptr"], "*fp32:16") | {
+        "scale": "fp32",
+        "inverse_keep": "fp32",
+    }
+    strides = {f"{which}stride_{axis}": "i32:16" for which in ("", "grad_") for axis in "bhn"}
+    strides |= integers("keep_stride_b keep_stride_k bias_stride_b bias_stride_h bias_stride_i mask_stride_b")
+    sizes = integers("num_heads num_tiles num_rows num_tokens mask_first threshold batch samples") | {"D": 64}
+    for kernel, table in ATTENTION_TABLES.items():
+        loops_over_queries = kernel is attention_bwd.attention_dkv_kernel
+        for tiles in table:
+            half = "bf16" if tiles.half else "fp32"
+            rows = dict.fromkeys(
+                ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"], f"*{half}:16"
+            )
+            whole = {"TAIL": tiles.block_m if loops_over_queries else tiles.block_n}
+            for name, options in ATTENTION.items():
+                if (name == "text" and not tiles.bias) or (name != "text" and "dbias" in kernel.__name__):
+                    continue
+                args = rows | pointers | statistics | strides | sizes | whole | options | tiles.arguments()
+                args = {
+                    k: f"*{half}:16" if v == "half" else v
+                    for k, v in args.items()
+                    if k in TAKEN | set(kernel.arg_names)
+                }
+                label = f"{name} {half} {tiles.block_m}x{tiles.block_n}"
+                yield Launch(
+                    kernel, label, args, tiles.archs, tensor_cores=tiles.half, small=tiles.block_m < 64 > tiles.block_n
+                )
+
+
 LAUNCHES = [
+    *attention_passes(),
     *tokenize_fwd(),
     *tokenize_bwd(),
     *patch_corner(),
@@ -182,7 +240,7 @@ def test_compiles_without_spills(launch, arch, report, tmp_path):
     assert kernel.metadata.tmem_size <= TENSOR_MEMORY_COLUMNS  # beyond it the kernel is but a trap
     assert ("__assertfail" in kernel.asm["ptx"]) == launch.args.get("debug", False)
     products = [name for name in TENSOR_CORES.values() if name in kernel.asm["ptx"]]
-    assert products == ([TENSOR_CORES[arch]] if launch.tensor_cores else [])
+    assert products == ([TENSOR_CORES[80 if launch.small else arch]] if launch.tensor_cores else [])
 
 
 @pytest.mark.parametrize("integer", [1, "i64"])
@@ -221,7 +279,8 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(tokenize, "arch_of", lambda device: 90)
+    for module in (tokenize, attention_tile):
+        monkeypatch.setattr(module, "arch_of", lambda device: 90)
     return names
 
 
@@ -240,4 +299,20 @@ def test_launchers_call_what_compiles(launched):
     drop_token.drop_token_bwd(drop_token.drop_token_fwd(pos[None], keep[0]), keep[0], 8)
     for tokens in (8, 10_000):
         drop_token.sample_keep(torch.tensor(1), keep[:, 0], tokens, 4)
+    attend()
     assert {launch.kernel.__name__ for launch in LAUNCHES} == set(launched)
+
+
+def attend():
+    """A tower of video, the text tower with dropout, packed sequences, and rows through an index."""
+    q = torch.zeros(2, 2, 785, 64, dtype=torch.bfloat16)
+    bias, mask, seed = torch.zeros(2, 17, 17), torch.ones(2, 17, dtype=torch.bool), torch.tensor(1)
+    words, keep = q[:, :, :17].float(), torch.arange(2 * 600).view(2, 600) % 601
+    for x, *options in (
+        (q, None, None, None, None, None, 0.0),
+        (words, None, bias, mask, seed, None, 0.1),
+        (q[:1], None, None, mask[:1], seed, [0, 700, 768, 785], 0.1),
+        (q, keep, None, None, None, None, 0.0),
+    ):
+        y, lse = attention.attention_fwd(x, x, x, *options, 0.125)
+        attention_bwd.attention_bwd(y, x, x, x, y, lse, *options, 0.125, options[1] is not None)

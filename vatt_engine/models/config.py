@@ -37,10 +37,18 @@ class TransformerConfig:
     head_dim: int = 64
     dropout: float = 0.1
     bias: bool = True  # of q, k, v, o and the feed-forward layers
+    # Progressive DropToken, not in the paper: the share of its incoming tokens (AGG not counted, it always stays) that
+    # each layer computes on in training, one number per layer; () keeps all. Text is never dropped.
+    keep_rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_least(self, "transformer", num_layers=1, dim=1, ff_dim=1, num_heads=1, head_dim=1)
         _check(0.0 <= self.dropout < 1.0, "transformer.dropout", "be in [0, 1)", self.dropout)
+        layers, rates = self.num_layers, self.keep_rates
+        _check(
+            len(rates) in (0, layers), "transformer.keep_rates", f"hold no or {layers} numbers, one per layer", rates
+        )
+        _check(all(0.0 < rate <= 1.0 for rate in rates), "transformer.keep_rates", "hold numbers in (0, 1]", rates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +184,7 @@ class TextConfig:
         _check(self.encoder in ("t5", "linear"), "text.encoder", "be 't5' or 'linear'", self.encoder)
         _check(self.relative_bias in ("all", "first"), "text.relative_bias", "be 'all' or 'first'", self.relative_bias)
         _check_least(self, "text", vocabulary_size=2, max_words=1, embedding_dim=1, num_buckets=4, linear_dim=1)
+        _check(not self.transformer.keep_rates, "text.transformer.keep_rates", "be ()", self.transformer.keep_rates)
         farthest = self.num_buckets // 4  # of the buckets that hold one distance each
         _check(self.max_distance > farthest, "text.max_distance", f"be above {farthest}", self.max_distance)
 
@@ -208,11 +217,18 @@ class VATTConfig:
     text: TextConfig = field(default_factory=TextConfig)
     shared: TransformerConfig = field(default_factory=TransformerConfig)  # of the modality-agnostic backbone
     shared_projection: int = 1024  # width behind the shared transformer
+    # Whether the modality-agnostic backbone runs all modalities of a batch as one packed set of sequences; None decides
+    # by the batch size as measured, see `models.vatt.PACKED_UP_TO`.
+    packed: bool | None = None
     heads: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
         _check(self.backbone in ("specific", "agnostic"), "backbone", "be 'specific' or 'agnostic'", self.backbone)
         _check(self.shared_projection >= 1, "shared_projection", "be at least 1", self.shared_projection)
+        if self.packed and (self.backbone == "specific" or self.shared.keep_rates):
+            raise ValueError(
+                "packed must be false for modality-specific backbones and with shared.keep_rates, got True."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

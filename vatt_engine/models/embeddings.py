@@ -201,10 +201,14 @@ class PatchStem(nn.Module):
         if seed is None:
             seed = torch.randint(2**62, (1,), device=x.device)
         num_kept = min(self.drop_token.num_kept(self.num_buckets), num_tokens)
-        if self.drop_token.keep_mode == "sample" and sample_id is None:
-            sample_id = torch.arange(x.shape[0], device=x.device)
-        ids = sample_id if self.drop_token.keep_mode == "sample" else None
+        ids = self.drawn_by(x, sample_id)
         return ops.sample_keep(num_tokens, num_kept, seed=seed, sample_id=ids, device=x.device)
+
+    def drawn_by(self, x: Tensor, sample_id: Tensor | None) -> Tensor | None:
+        """[B] the ids that samples draw their own positions by, or None where one draw serves the batch."""
+        if self.drop_token.keep_mode == "batch":
+            return None
+        return torch.arange(x.shape[0], device=x.device) if sample_id is None else sample_id
 
     def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal -> [B, 1 + K, D], AGG at 0."""

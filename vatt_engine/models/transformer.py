@@ -5,8 +5,9 @@ x = x + Drop(Attention(Norm(x)));  x = x + Drop(W_o Drop(GELU(W_i LN(x))))
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,15 +51,24 @@ class SelfAttention(nn.Module):
         init.glorot_uniform_(self.qkv.weight, config.dim, inner)  # as three Dense layers
         self.out = init.linear(inner, config.dim, bias=config.bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; bias [H, N, N], key_mask [B, N] bool."""
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]; bias [H, N, N], key_mask [B, N] bool, cu_seqlens as for `ops.attention`."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, head_dim] each
-        if bias is not None:
-            bias = bias.to(q.dtype)
-        dropout_p = self.dropout if self.training else 0.0
-        y = ops.attention(q, k, v, bias=bias, key_mask=key_mask, dropout_p=dropout_p, scale=self.scale)
+        y = ops.attention(
+            qkv,
+            bias=None if bias is None else bias.to(qkv.dtype),
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+        )
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -80,8 +90,14 @@ class Block(nn.Module):
         self.ff_out = init.linear(config.ff_dim, config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias, key_mask))
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), bias, key_mask, cu_seqlens))
         hidden = self.dropout(F.gelu(self.ff_in(self.ff_norm(x))))
         return x + self.dropout(self.ff_out(hidden))
 
@@ -102,6 +118,7 @@ class Transformer(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
+        self.keep_rates = config.keep_rates
         self.layers = nn.ModuleList(
             Block(config, attention_norm=attention_norm, scale=scale) for _ in range(config.num_layers)
         )
@@ -109,9 +126,44 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, *, biases: list[Tensor | None] | None = None, key_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        biases: list[Tensor | None] | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
-        """[B, N, D] -> [B, N, D]; `biases` holds one [H, N, N] or None per layer, key_mask is bool [B, N]."""
+        """[B, N, D] -> [B, N, D], all tokens in every layer.
+
+        Args:
+            x: tokens; one sample of packed sequences with `cu_seqlens`.
+            biases: one [H, N, N] or None per layer.
+            key_mask, cu_seqlens: as for `ops.attention`.
+        """
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if biases is None else biases[index], key_mask)
+            x = layer(x, None if biases is None else biases[index], key_mask, cu_seqlens)
+        return self.dropout(self.final_norm(x))
+
+    def forward_dropping(self, x: Tensor, *, seed: int | Tensor | None, sample_id: Tensor | None) -> Tensor:
+        """`forward` with progressive DropToken in training: [B, N, D] -> [B, K, D], AGG at 0.
+
+        A layer's tokens are gathered before it: its projections then see no others, which costs less than to have
+        `ops.attention` read q, k and v of all tokens through the index (docs/ops/attention.md).
+
+        Args:
+            seed: of the draw, drawn from torch's generator by default; each layer has a stream of its own.
+            sample_id: [B] int64; given, every sample draws its own positions.
+        """
+        if not self.training or not self.keep_rates:
+            return self(x)
+        if seed is None:
+            seed = torch.randint(2**62, (), device=x.device)
+        for index, (layer, rate) in enumerate(zip(self.layers, self.keep_rates)):
+            if rate < 1.0:
+                others = x.shape[1] - 1
+                kept = max(1, int(rate * others))
+                stream = seed + ((index + 1) << 48)  # far from those of the stems
+                keep = ops.sample_keep(others, kept, seed=stream, sample_id=sample_id, device=x.device) + 1
+                x = ops.drop_token(x, F.pad(keep, (1, 0)))
+            x = layer(x)
         return self.dropout(self.final_norm(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +15,9 @@ from vatt_engine.models.text import LinearTextEncoder, TextEncoder, WordStem, wo
 from vatt_engine.models.transformer import Transformer
 
 MODALITIES = ("video", "audio", "text")
+# The largest batch whose modalities the modality-agnostic backbone runs packed, by device: benchmarks/bench_packed.py,
+# docs/ops/attention.md. No GPU has measured it.
+PACKED_UP_TO = {"cpu": 0, "cuda": 0}
 
 
 class PatchEncoder(nn.Module):
@@ -29,7 +33,8 @@ class PatchEncoder(nn.Module):
 
     def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal (video [B, T, H, W, 3], wave [B, L]) -> tokens [B, 1 + K, D], the pooled AGG at 0."""
-        x = self.transformer(self.stem(x, seed=seed, sample_id=sample_id))
+        ids = self.stem.drawn_by(x, sample_id)
+        x = self.transformer.forward_dropping(self.stem(x, seed=seed, sample_id=sample_id), seed=seed, sample_id=ids)
         return x if self.post_projection is None else F.gelu(self.post_projection(x))
 
 
@@ -58,11 +63,54 @@ class AgnosticBackbone(nn.Module):
 
     def forward(self, modality: str, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal or word ids [S, W] of `modality` -> tokens [B, 1 + K, D], the pooled AGG at 0."""
-        if modality == "text":
-            x = self.transformer(self.stems[modality](x), key_mask=word_mask(x))
+        return self._project(modality, self._encode(modality, x, seed, sample_id))
+
+    def pooled(
+        self,
+        signals: dict[str, Tensor],
+        *,
+        seeds: dict[str, int | None],
+        sample_id: Tensor | None = None,
+        packed: bool = False,
+    ) -> dict[str, Tensor]:
+        """Raw signals and word ids [S, W] by modality -> pooled features [B, D] of each.
+
+        Args:
+            packed: run the transformer once, over the sequences of all modalities packed into one set of tokens:
+                every product then is one larger one, attention still sees each sequence alone. The same numbers up to
+                rounding (and other dropout masks).
+        """
+        if packed:
+            rows = self._encode_packed(signals, seeds, sample_id)
         else:
-            x = self.transformer(self.stems[modality](x, seed=seed, sample_id=sample_id))
+            rows = {m: self._encode(m, x, seeds.get(m), sample_id)[:, 0] for m, x in signals.items()}
+        return {m: self._project(m, x) for m, x in rows.items()}
+
+    def _project(self, modality: str, x: Tensor) -> Tensor:
         return F.gelu(self.post_projections[modality](x))
+
+    def _encode(self, modality: str, x: Tensor, seed: int | None, sample_id: Tensor | None) -> Tensor:
+        if modality == "text":
+            return self.transformer(self.stems[modality](x), key_mask=word_mask(x))
+        stem = self.stems[modality]
+        tokens = stem(x, seed=seed, sample_id=sample_id)
+        return self.transformer.forward_dropping(tokens, seed=seed, sample_id=stem.drawn_by(x, sample_id))
+
+    def _encode_packed(
+        self, signals: dict[str, Tensor], seeds: dict[str, int | None], sample_id: Tensor | None
+    ) -> dict[str, Tensor]:
+        """AGG's row of every sequence, by modality; text is last, so that its mask covers the last tokens."""
+        tokens, starts = {}, [0]
+        for modality in (m for m in MODALITIES if m in signals):
+            drop = {} if modality == "text" else {"seed": seeds.get(modality), "sample_id": sample_id}
+            tokens[modality] = self.stems[modality](signals[modality], **drop)
+            batch, length, _ = tokens[modality].shape
+            starts += [starts[-1] + n * length for n in range(1, batch + 1)]
+        x = torch.cat([x.flatten(0, 1) for x in tokens.values()])[None]
+        key_mask = word_mask(signals["text"]).view(1, -1) if "text" in signals else None
+        x = self.transformer(x, key_mask=key_mask, cu_seqlens=starts)[0]
+        parts = x.split([y.shape[0] * y.shape[1] for y in tokens.values()])
+        return {m: part.view(y.shape)[:, 0] for part, (m, y) in zip(parts, tokens.items())}
 
 
 class VATT(nn.Module):
@@ -107,10 +155,11 @@ class VATT(nn.Module):
         """Word ids [..., W], 0 for padding -> pooled features [..., D]."""
         return self._pooled("text", text.flatten(0, -2)).view(*text.shape[:-1], -1)
 
-    def _pooled(self, modality: str, x: Tensor, **drop_token: object) -> Tensor:
+    def _pooled(self, modality: str, x: Tensor, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         if self.config.backbone == "agnostic":
-            return self.backbone(modality, x, **drop_token)[:, 0]
-        return getattr(self, modality)(x, **drop_token)[:, 0]
+            return self.backbone.pooled({modality: x}, seeds={modality: seed}, sample_id=sample_id)[modality]
+        drop = {} if modality == "text" else {"seed": seed, "sample_id": sample_id}
+        return getattr(self, modality)(x, **drop)[:, 0]
 
     def forward(self, batch: Batch, *, seed: int | None = None) -> Embeddings:
         """Embed a batch into the common spaces.
@@ -125,6 +174,14 @@ class VATT(nn.Module):
         """
         streams = {m: None if seed is None else seed * len(MODALITIES) + i for i, m in enumerate(MODALITIES)}
         features: dict[str, Tensor | None] = dict.fromkeys(MODALITIES)
+        if self._packs(batch):
+            signals = {m: x for m in MODALITIES if (x := getattr(batch, m)) is not None}
+            if batch.text is not None:
+                signals["text"] = batch.text.flatten(0, -2)
+            features |= self.backbone.pooled(signals, seeds=streams, sample_id=batch.sample_id, packed=True)
+            if batch.text is not None:
+                features["text"] = features["text"].view(*batch.text.shape[:-1], -1)
+            return self.heads(**features)
         if batch.video is not None:
             features["video"] = self.encode_video(batch.video, seed=streams["video"], sample_id=batch.sample_id)
         if batch.audio is not None:
@@ -132,6 +189,15 @@ class VATT(nn.Module):
         if batch.text is not None:
             features["text"] = self.encode_text(batch.text)
         return self.heads(**features)
+
+    def _packs(self, batch: Batch) -> bool:
+        """Whether the modalities of this batch go through the backbone together."""
+        given = [x for x in (batch.video, batch.audio, batch.text) if x is not None]
+        if self.config.backbone == "specific" or self.config.shared.keep_rates or len(given) < 2:
+            return False
+        if self.config.packed is not None:
+            return self.config.packed
+        return len(given[0]) <= PACKED_UP_TO.get(given[0].device.type, 0)
 
 
 def text_encoder(config: TextConfig) -> TextEncoder | LinearTextEncoder:

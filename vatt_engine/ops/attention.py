@@ -94,7 +94,7 @@ def attention_reference(q: Tensor, k: Tensor | None, v: Tensor | None, options: 
     q, k, v = _kept(*split(q, k, v), options.keep)
     if options.cu_seqlens is None:
         return _softmax(q, k, v, options, options.key_mask)
-    first_masked = _first_masked(options, q.shape[2])
+    first_masked = _first_masked(options)
     parts = []
     for start, end in pairwise(options.cu_seqlens):
         mask = options.key_mask[:, start - first_masked : end - first_masked] if start >= first_masked else None
@@ -140,19 +140,17 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, rows: int, dropout_p: flo
 def attention_sdpa(q: Tensor, k: Tensor | None, v: Tensor | None, options: Options) -> Tensor:
     """torch's library attention; bias and mask are joined into its one additive mask.
 
-    Sequences of one length that follow each other are one call, on views of the packed tensors.
+    Packed sequences of one length that follow each other are one call, on views of the packed tensors.
     """
-    q, k, v = _kept(*split(q, k, v), options.keep)
     if options.cu_seqlens is None:
-        return _library(q, k, v, options, options.key_mask)
-    first_masked = _first_masked(options, q.shape[2])
+        return _library(*_kept(*split(q, k, v), options.keep), options, options.key_mask)
+    runs = _runs(options.cu_seqlens, _first_masked(options))
+    masks = iter(())
+    if options.key_mask is not None:
+        masks = iter(options.key_mask[0].split([run.count * run.length for run in runs if run.masked]))
     parts = []
-    for start, count, length in _runs(options.cu_seqlens, first_masked):
-        end = start + count * length
-        piece = (x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        mask = None
-        if start >= first_masked:
-            mask = options.key_mask[0, start - first_masked : end - first_masked].view(count, length)
+    for run, piece in zip(runs, _pieces(q, k, v, runs)):
+        mask = next(masks).view(run.count, run.length) if run.masked else None
         parts.append(_library(*piece, options, mask).transpose(1, 2).flatten(0, 1))  # [rows, H, D]
     return torch.cat(parts).transpose(0, 1)[None]
 
@@ -177,22 +175,40 @@ def _kept(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor,
     return q.gather(2, index), k.gather(2, index), v.gather(2, index)
 
 
-def _first_masked(options: Options, rows: int) -> int:
-    """The row of the packed sequences at which `key_mask` begins."""
-    return rows - (0 if options.key_mask is None else options.key_mask.shape[1])
+class _Run(NamedTuple):
+    """Packed sequences of one length that follow each other."""
+
+    count: int
+    length: int
+    masked: bool
 
 
-def _runs(cu_seqlens: tuple[int, ...], cut: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, number of sequences, length) of neighbours of one length, none across `cut`; without empty ones."""
-    run: tuple[int, int, int] | None = None
+def _runs(cu_seqlens: tuple[int, ...], first_masked: int) -> list[_Run]:
+    runs: list[_Run] = []
     for start, end in pairwise(cu_seqlens):
-        if run is not None and (end - start != run[2] or start == cut):
-            yield run
-            run = None
-        if end > start:
-            run = (start, 1, end - start) if run is None else (run[0], run[1] + 1, run[2])
-    if run is not None:
-        yield run
+        run = _Run(1, end - start, start >= first_masked)
+        if runs and runs[-1][1:] == run[1:]:
+            run = _Run(runs.pop().count + 1, *run[1:])
+        if run.length > 0:
+            runs.append(run)
+    return runs
+
+
+def _pieces(q: Tensor, k: Tensor | None, v: Tensor | None, runs: list[_Run]) -> Iterator[Sequence[Tensor]]:
+    """q, k and v [count, H, length, D] of every run: views by `split`, whose gradient is one copy and not a sum."""
+    rows = [run.count * run.length for run in runs]
+    if k is None:
+        for run, piece in zip(runs, q[0].split(rows)):
+            yield split(piece.unflatten(0, (run.count, run.length)), None, None)
+        return
+    for run, *piece in zip(runs, *(x[0].split(rows, 1) for x in (q, k, v))):
+        yield [x.unflatten(1, (run.count, run.length)).transpose(0, 1) for x in piece]
+
+
+def _first_masked(options: Options) -> int:
+    """The row of the packed sequences at which `key_mask` begins."""
+    rows = options.cu_seqlens[-1]
+    return rows if options.key_mask is None else rows - options.key_mask.shape[1]
 
 
 def _check_inputs(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[int, int, int, torch.dtype, torch.device]:

@@ -6,6 +6,7 @@ once on a GPU by benchmarks/sanitize.py, under tools that slow a kernel down a h
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -49,12 +50,78 @@ class DropToken:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Heads of one layer over the tokens of a batch, AGG included."""
+    """Heads of one layer over the tokens of a batch, AGG included; each sample keeps `kept` of them, or all."""
 
     batch: int
     tokens: int
     heads: int = 12
     head_dim: int = 64
+    kept: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.kept or self.tokens)
+
+    @property
+    def pairs(self) -> int:
+        return self.batch * (self.kept or self.tokens) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPacked:
+    """The sequences of a batch of clips at 50 % of the video and audio tokens, packed one after the other."""
+
+    batch: int
+    video: int = 785
+    audio: int = 601
+    text: int = 17
+    candidates: int = 5
+    heads: int = 12
+    head_dim: int = 64
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(sequences, their length) of each modality."""
+        return [(self.batch, self.video), (self.batch, self.audio), (self.batch * self.candidates, self.text)]
+
+    @property
+    def cu_seqlens(self) -> list[int]:
+        return [0, *itertools.accumulate(length for count, length in self.runs for _ in range(count))]
+
+    @property
+    def rows(self) -> int:
+        return sum(count * length for count, length in self.runs)
+
+    @property
+    def pairs(self) -> int:
+        return sum(count * length**2 for count, length in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Attention):
+    """One block of a transformer."""
+
+    dim: int = 768
+    ff_dim: int = 3072
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone(AttentionPacked):
+    """A modality-agnostic model cut to `layers`, and its clips per step."""
+
+    model: str = "vatt_ma_base"
+    layers: int = 2
+    dim: int = 768
+
+    @property
+    def weights(self) -> int:
+        """Of the shared transformer."""
+        return self.layers * 12 * self.dim**2
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward of the shared transformer alone."""
+        return 3 * self.layers * (2 * self.rows * 12 * self.dim**2 + 4 * self.pairs * self.dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +186,45 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         },
     },
     "attention": {
-        "cpu": {"demo": Attention(batch=4, tokens=37, heads=4, head_dim=32), "video": Attention(batch=1, tokens=785)},
+        "cpu": {"demo": Attention(batch=4, tokens=37, heads=4, head_dim=32), "video": Attention(batch=8, tokens=785)},
         "cuda": {
-            "video-64": Attention(batch=64, tokens=785),
-            "audio-64": Attention(batch=64, tokens=601),
-            "video-all-32": Attention(batch=32, tokens=1569),
-            "audio-all-32": Attention(batch=32, tokens=1201),
+            **{f"{tokens}-64": Attention(batch=64, tokens=tokens) for tokens in (576, 601, 640, 768, 785)},
+            **{f"{tokens}-32": Attention(batch=32, tokens=tokens) for tokens in (1201, 1569)},
         },
         "sanitizer": {"ragged": Attention(batch=1, tokens=37, heads=2), "one": Attention(batch=1, tokens=1, heads=1)},
+    },
+    "attention_text": {
+        "cpu": {"text": Attention(batch=40, tokens=17, heads=8)},
+        "cuda": {"text": Attention(batch=640, tokens=17, heads=8)},
+        "sanitizer": {
+            "ragged": Attention(batch=3, tokens=37, heads=2),
+            "words": Attention(batch=3, tokens=17, heads=2),
+        },
+    },
+    "attention_packed": {
+        "cpu": {"1": AttentionPacked(batch=1), "4": AttentionPacked(batch=4)},
+        "cuda": {"8": AttentionPacked(batch=8), "128": AttentionPacked(batch=128)},
+        "sanitizer": {"ragged": AttentionPacked(batch=2, video=70, audio=37, text=5, candidates=2, heads=2)},
+    },
+    "attention_keep": {
+        "cpu": {"video": Attention(batch=2, tokens=1569, kept=785)},
+        "cuda": {"video-32": Attention(batch=32, tokens=1569, kept=785)},
+        "sanitizer": {"ragged": Attention(batch=3, tokens=90, kept=67, heads=2)},
+    },
+    "block": {
+        "cpu": {"video": Block(batch=2, tokens=785)},
+        "cuda": {
+            "video-64": Block(batch=64, tokens=785),
+            "video-64-medium": Block(batch=64, tokens=785, dim=1024, ff_dim=4096, heads=16),
+        },
+    },
+    "progressive": {
+        "cpu": {"half": Block(batch=2, tokens=785, kept=393), "most": Block(batch=2, tokens=785, kept=707)},
+        "cuda": {"half-64": Block(batch=64, tokens=785, kept=393), "most-64": Block(batch=64, tokens=785, kept=707)},
+    },
+    "packed": {
+        "cpu": {str(batch): Backbone(batch=batch) for batch in (1, 2, 4, 8)},
+        "cuda": {str(batch): Backbone(batch=batch, layers=12) for batch in (1, 2, 4, 8, 32, 128)},
     },
     "nce": {
         "cpu": {

@@ -19,9 +19,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 64)
 
 
-def split(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [B, H, N, D], as views if they come packed into one tensor [B, N, 3, H, D]."""
-    return q.permute(2, 0, 3, 1, 4).unbind() if k is None else (q, k, v)
+def split(q: Tensor, k: Tensor | None, v: Tensor | None) -> Sequence[Tensor]:
+    """q, k and v [B, H, N, D], views if they come packed into one [B, N, 3, H, D], whose gradient is then one copy."""
+    return [x.transpose(1, 2) for x in q.unbind(2)] if k is None else (q, k, v)
 
 
 def flash_attention(q: Tensor, k: Tensor | None, v: Tensor | None, options: Options) -> Tensor:

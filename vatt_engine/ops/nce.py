@@ -51,7 +51,7 @@ def nce(
 
     Returns:
         Scalar in float32 (float64 for float64), 0 if no sample is valid. The B x B matrix is never stored, except by
-        the reference. Half-precision inputs are multiplied and accumulated in float32. Not twice differentiable.
+        the reference. Similarities of half-precision inputs are exact sums in float32. Not twice differentiable.
 
     Raises:
         ValueError: shapes, dtypes, the temperature or the form do not fit.
@@ -113,11 +113,12 @@ def nce_statistics(
         first_sample: index of the first row's own sample among the N.
 
     Returns:
-        NCEStatistics; -inf where nothing is left to sum.
+        NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
     # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
-    # is far from underflow. The value of a tensor is not known here without waiting for its device.
-    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80
+    # is far from underflow. The value of a tensor is not known here without waiting for its device, and without an
+    # offset the gradient of a single sample is exactly 0.
+    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and len(b) > 1
     offset = 1 / temperature if fixed else None
     return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, first_sample, offset))
 
@@ -144,10 +145,12 @@ def nce_stats_reference(
     first_sample: int,
     offset: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The meaning of the statistics: all similarities stored, masked ones at -inf."""
+    """The meaning of the statistics: all similarities stored, masked ones at -inf; `offset` changes nothing."""
     s, _, _ = _similarities(a, b, row_scale, column_scale, column_mask)
-    own = torch.arange(len(a), device=a.device)
-    return s.flatten(1).logsumexp(1), s.logsumexp((0, 2)), s[own, own + first_sample].logsumexp(1)
+    own = _rows_with_own(a, b, first_sample)
+    positive = s.new_full((len(a),), -torch.inf)
+    positive[own] = s[own, own + first_sample].logsumexp(1)
+    return s.flatten(1).logsumexp(1), s.logsumexp((0, 2)), positive
 
 
 def nce_grad_reference(
@@ -174,10 +177,16 @@ def nce_grad_reference(
     row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
     g = d_row[:, None, None] * (s - row[:, None, None]).exp()
     g += d_column[:, None] * (s - column[:, None]).exp()
-    own = torch.arange(len(a), device=a.device)
-    g[own, own + first_sample] += d_positive[:, None] * (s[own, own + first_sample] - positive[:, None]).exp()
+    own = _rows_with_own(a, b, first_sample)
+    g[own, own + first_sample] += d_positive[own, None] * (s[own, own + first_sample] - positive[own, None]).exp()
     da = torch.einsum("ijp,jpd->id", g, y) * row_scale[:, None]
     return da, torch.einsum("ijp,id->jpd", g, x) * column_scale[..., None]
+
+
+def _rows_with_own(a: Tensor, b: Tensor, first_sample: int) -> Tensor:
+    """Indices of the rows of `a` whose own sample is in `b`."""
+    start = max(0, -first_sample)
+    return torch.arange(start, max(start, min(len(a), len(b) - first_sample)), device=a.device)
 
 
 def _similarities(

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vatt_engine.kernels import drop_token, segment_sum, tokenize, tokenize_patches
+from vatt_engine.kernels import drop_token, nce, segment_sum, tokenize, tokenize_patches
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +121,22 @@ def segment_sums() -> Iterator[Launch]:
             yield Launch(segment_sum.segment_sum_kernel, f"to {out}", args | more)
 
 
+def nce_tiles() -> Iterator[Launch]:
+    args = integers("num_rows num_columns first_sample") | {"a_ptr": "", "b_ptr": "", "mask_ptr": "*i1:16"}
+    args |= dict.fromkeys(("row_scale_ptr", "column_scale_ptr", "positive_ptr"), "*fp32:16")
+    parts = dict.fromkeys(("row_part_ptr", "column_part_ptr"), "*fp32:16")
+    sums = dict.fromkeys(("row_ptr", "column_ptr", "d_row_ptr", "d_column_ptr", "d_positive_ptr"), "*fp32:16")
+    for tiles in nce.TILES:
+        dtype = "bf16" if tiles.half else "fp32"
+        args |= {"a_ptr": f"*{dtype}:16", "b_ptr": f"*{dtype}:16", "D": 512} | tiles.arguments()
+        for offset, candidates in (("fp32", 1), (None, 5)):
+            args |= {"offset": offset, "P": candidates}
+            label = f"{dtype} {'' if offset else 'no '}offset {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+            yield Launch(nce.nce_stats_kernel, label, args | parts, tiles.archs, tensor_cores=tiles.half)
+            gradient = args | sums | {"g_ptr": f"*{dtype}:16"}
+            yield Launch(nce.nce_grad_kernel, label, gradient, tiles.archs, tensor_cores=tiles.half)
+
+
 LAUNCHES = [
     *tokenize_fwd(),
     *tokenize_bwd(),
@@ -128,6 +144,7 @@ LAUNCHES = [
     *drop_tokens(),
     *sample_keep(),
     *segment_sums(),
+    *nce_tiles(),
 ]
 
 
@@ -221,7 +238,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(tokenize, "arch_of", lambda device: 90)
+    for module in (tokenize, nce):
+        monkeypatch.setattr(module, "arch_of", lambda device: 90)
+    monkeypatch.setattr(nce, "product", lambda x, y: x.float() @ y.float())
     return names
 
 
@@ -240,4 +259,10 @@ def test_launchers_call_what_compiles(launched):
     drop_token.drop_token_bwd(drop_token.drop_token_fwd(pos[None], keep[0]), keep[0], 8)
     for tokens in (8, 10_000):
         drop_token.sample_keep(torch.tensor(1), keep[:, 0], tokens, 4)
+    a, b, scale = torch.zeros(8, 16).bfloat16(), torch.zeros(9, 2, 16).bfloat16(), torch.ones(9)
+    for mask, offset in ((None, 1.0), (torch.ones(9).bool(), None)):
+        block = (a, b, scale[:8], torch.ones(9, 2), mask, 1, offset)
+        vectors = (scale[:8], scale, scale[:8])
+        nce.nce_stats(*block)
+        nce.nce_grad(*block, *vectors, *vectors)
     assert {launch.kernel.__name__ for launch in LAUNCHES} == set(launched)

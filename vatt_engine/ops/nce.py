@@ -16,13 +16,14 @@ private ops, nce_stats and nce_grad, which know neither the form nor the ranks; 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vatt_engine.dispatch import Impl, define_op
+from vatt_engine.dispatch import Impl, define_op, triton_missing
 
 FORMS = ("joint", "symmetric", "one_way")
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
@@ -57,7 +58,7 @@ def nce(
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 4-5; official vatt/utils/train/objectives.py (AsymmetricNCE, SymmetricNCE).
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton.
 
     >>> x = torch.eye(4)
     >>> nce(x, x, 0.01, form="one_way").item() < 1e-6
@@ -85,7 +86,7 @@ def mil_nce(
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 5; Miech et al. 2020; official vatt/utils/train/objectives.py.
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton.
 
     >>> mil_nce(torch.eye(4), torch.eye(4).unsqueeze(1).expand(4, 5, 4), 0.01, form="one_way").item() < 1e-6
     True
@@ -207,16 +208,32 @@ def _similarities(
 _SHARED_ARGUMENTS = (
     "Tensor a, Tensor b, Tensor row_scale, Tensor column_scale, Tensor? column_mask, SymInt first_sample, float? offset"
 )
-# benchmarks/bench_nce.py, two CPU cores, forward and backward, from B=1024 on: chunked is 1.02 to 1.45 times as fast as
-# the reference, and 1.2 to 2.6 times as fast as the naive form.
+
+
+def _refuses(dtypes: Sequence[torch.dtype]) -> Callable[..., str | None]:
+    def refuses(a: Tensor, *_: Any) -> str | None:
+        return None if a.dtype in dtypes else f"multiplies {', '.join(map(str, dtypes))}, got {a.dtype}"
+
+    return refuses
+
+
+def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
+    """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
+    low = (torch.bfloat16, torch.float16)
+    chunked, triton = f"vatt_engine.ops.nce_chunked:{name}", f"vatt_engine.kernels.nce:nce_{name}"
+    every = _refuses((torch.float32, *low))
+    return [
+        Impl("chunked", "any", chunked),
+        Impl("reference", "any", reference),
+        Impl("triton", "cuda", triton, missing=triton_missing, refuses=every, unmeasured=True),
+    ]
+
+
 _stats = define_op(
     "nce",
     f"nce_stats({_SHARED_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=lambda a, b, row_scale, *_: tuple(row_scale.new_empty(n) for n in (len(a), len(b), len(a))),
-    impls=[
-        Impl("chunked", "any", "vatt_engine.ops.nce_chunked:stats"),
-        Impl("reference", "any", nce_stats_reference),
-    ],
+    impls=_impls("stats", nce_stats_reference),
     flops=lambda a, b, *_, **__: 2 * a.numel() * b[:2].numel(),
 )
 _grad = define_op(
@@ -224,10 +241,7 @@ _grad = define_op(
     f"nce_grad({_SHARED_ARGUMENTS}, Tensor row, Tensor column, Tensor positive, "
     "Tensor d_row, Tensor d_column, Tensor d_positive) -> (Tensor, Tensor)",
     fake=lambda a, b, row_scale, *_: (row_scale.new_empty(a.shape), row_scale.new_empty(b.shape)),
-    impls=[
-        Impl("chunked", "any", "vatt_engine.ops.nce_chunked:grad"),
-        Impl("reference", "any", nce_grad_reference),
-    ],
+    impls=_impls("grad", nce_grad_reference),
     flops=lambda a, b, *_, **__: 6 * a.numel() * b[:2].numel(),  # the similarities once more, and a product per side
 )
 

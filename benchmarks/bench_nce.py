@@ -114,6 +114,7 @@ SYMMETRIC = Bench(
 )
 
 
+@pytest.mark.timeout(1800)
 @cases(SYMMETRIC)
 def test_nce_symmetric(measure, case):
     measure(SYMMETRIC, case)

@@ -15,6 +15,7 @@ private ops, nce_stats and nce_grad, which know neither the form nor the ranks; 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vatt_engine.dispatch import Impl, define_op, triton_missing
+from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing, wgmma_missing
 
 FORMS = ("joint", "symmetric", "one_way")
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
@@ -58,7 +59,8 @@ def nce(
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 4-5; official vatt/utils/train/objectives.py (AsymmetricNCE, SymmetricNCE).
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton.
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton,
+        cuda and wgmma (statistics; their gradient is chunked).
 
     >>> x = torch.eye(4)
     >>> nce(x, x, 0.01, form="one_way").item() < 1e-6
@@ -86,7 +88,8 @@ def mil_nce(
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 5; Miech et al. 2020; official vatt/utils/train/objectives.py.
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton.
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton,
+        cuda and wgmma (statistics; their gradient is chunked).
 
     >>> mil_nce(torch.eye(4), torch.eye(4).unsqueeze(1).expand(4, 5, 4), 0.01, form="one_way").item() < 1e-6
     True
@@ -221,11 +224,16 @@ def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
     """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
     low = (torch.bfloat16, torch.float16)
     chunked, triton = f"vatt_engine.ops.nce_chunked:{name}", f"vatt_engine.kernels.nce:nce_{name}"
-    every = _refuses((torch.float32, *low))
+    mma, wgmma = chunked, chunked
+    if name == "stats":
+        mma, wgmma = (f"vatt_engine.ops.nce_native:stats_{path}" for path in ("mma", "wgmma"))
+    every, cuda = _refuses((torch.float32, *low)), functools.partial(native_missing, cuda=True)
     return [
         Impl("chunked", "any", chunked),
         Impl("reference", "any", reference),
         Impl("triton", "cuda", triton, missing=triton_missing, refuses=every, unmeasured=True),
+        Impl("cuda", "cuda", mma, missing=cuda, refuses=every, unmeasured=True),
+        Impl("wgmma", "cuda", wgmma, missing=wgmma_missing, refuses=_refuses(low), unmeasured=True),
     ]
 
 

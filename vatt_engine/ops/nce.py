@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +25,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing, wgmma_missing
+from vatt_engine.ops.nce_reference import nce_grad_reference, nce_stats_reference
 
 FORMS = ("joint", "symmetric", "one_way")
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
+
+
+class Ring(NamedTuple):
+    """Ranks in a circle: `shift` begins to send a tensor to the next one and returns how to wait for the last one's."""
+
+    rank: int
+    size: int
+    shift: Callable[[Tensor], Callable[[], Tensor]]
+
+    def samples(self, step: int, rows: int) -> slice:
+        """Of all ranks' samples those whose `rows` of b are here after so many shifts."""
+        owner = (self.rank - step) % self.size
+        return slice(owner * rows, (owner + 1) * rows)
 
 
 class NCEStatistics(NamedTuple):
@@ -119,12 +133,19 @@ def nce_statistics(
     Returns:
         NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
-    # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
-    # is far from underflow. The value of a tensor is not known here without waiting for its device, and without an
-    # offset the gradient of a single sample is exactly 0.
-    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and len(b) > 1
-    offset = 1 / temperature if fixed else None
+    offset = _offset(temperature, len(b))
     return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, first_sample, offset))
+
+
+def nce_ring_statistics(
+    a: Tensor, b: Tensor, temperature: float | Tensor, ring: Ring, *, column_mask: Tensor | None = None
+) -> NCEStatistics:
+    """`nce_statistics` of this rank's a [B, D] and all ranks' b, of which only two blocks [B, P, D] are ever here.
+
+    They travel around the ring, and in the backward pass once more, with their gradients. column_mask is [size B].
+    """
+    offset = _offset(temperature, ring.size * len(b))
+    return NCEStatistics(*_RingStatistics.apply(a, b, temperature, column_mask, offset, ring))
 
 
 def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
@@ -138,74 +159,6 @@ def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask
     else:
         loss = row - positive
     return loss if mask is None else loss.where(mask, 0.0)
-
-
-def nce_stats_reference(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-    first_sample: int,
-    offset: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The meaning of the statistics: all similarities stored, masked ones at -inf; `offset` changes nothing."""
-    s, _, _ = _similarities(a, b, row_scale, column_scale, column_mask)
-    own = _rows_with_own(a, b, first_sample)
-    positive = s.new_full((len(a),), -torch.inf)
-    positive[own] = s[own, own + first_sample].logsumexp(1)
-    return s.flatten(1).logsumexp(1), s.logsumexp((0, 2)), positive
-
-
-def nce_grad_reference(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-    first_sample: int,
-    offset: float | None,
-    row: Tensor,
-    column: Tensor,
-    positive: Tensor,
-    d_row: Tensor,
-    d_column: Tensor,
-    d_positive: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The meaning of the gradient: da, db of <d_row, row> + <d_column, column> + <d_positive, positive>, scales fixed.
-
-    Both are returned in the accumulation dtype.
-    """
-    s, x, y = _similarities(a, b, row_scale, column_scale, column_mask)
-    # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
-    row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
-    g = d_row[:, None, None] * (s - row[:, None, None]).exp()
-    g += d_column[:, None] * (s - column[:, None]).exp()
-    own = _rows_with_own(a, b, first_sample)
-    g[own, own + first_sample] += d_positive[own, None] * (s[own, own + first_sample] - positive[own, None]).exp()
-    da = torch.einsum("ijp,jpd->id", g, y) * row_scale[:, None]
-    return da, torch.einsum("ijp,id->jpd", g, x) * column_scale[..., None]
-
-
-def _rows_with_own(a: Tensor, b: Tensor, first_sample: int) -> Tensor:
-    """Indices of the rows of `a` whose own sample is in `b`."""
-    start = max(0, -first_sample)
-    return torch.arange(start, max(start, min(len(a), len(b) - first_sample)), device=a.device)
-
-
-def _similarities(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = a.to(row_scale.dtype) * row_scale[:, None]
-    y = b.to(column_scale.dtype) * column_scale[..., None]
-    s = torch.einsum("id,jpd->ijp", x, y)
-    if column_mask is not None:
-        s = s.masked_fill(~column_mask[:, None], -torch.inf)
-    return s, x, y
 
 
 _SHARED_ARGUMENTS = (
@@ -273,15 +226,85 @@ class _Statistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *d_statistics):
         *shared, row, column, positive, temperature = ctx.saved_tensors
-        a, b, row_scale, column_scale = shared[:4]
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast(shared[0].device.type, enabled=False):
             da, db = _grad(*shared, ctx.first_sample, ctx.offset, row, column, positive, *d_statistics)
-        da, radial = _through_norm(a, da, row_scale * (ctx.fixed_temperature if temperature is None else temperature))
-        db, _ = _through_norm(b, db, column_scale)
-        d_temperature = None
-        if temperature is not None:
-            d_temperature = (-radial.sum() / temperature).to(temperature.dtype)
-        return da.to(a.dtype), db.to(b.dtype), d_temperature, None, None, None
+        temperature = ctx.fixed_temperature if temperature is None else temperature
+        return *_through_norms(*shared[:4], temperature, da, db), None, None, None
+
+
+class _RingStatistics(torch.autograd.Function):
+    """`_Statistics` block by block as all ranks' b come by; saves what this rank has brought, and vectors."""
+
+    @staticmethod
+    def forward(ctx, a, b, temperature, column_mask, offset, ring):
+        row_scale = 1 / (_norm(a) * temperature)
+        row = row_scale.new_full((len(a),), -torch.inf, dtype=torch.float64)
+        column, positive = row_scale.new_empty(ring.size * len(b)), row_scale.new_full((len(a),), -torch.inf)
+        with torch.autocast(a.device.type, enabled=False):
+            for samples, first_sample, shared in _blocks(a, b, row_scale, column_mask, ring):
+                row_part, column[samples], own = _stats(*shared, first_sample, offset)
+                row, positive = torch.logaddexp(row, row_part), torch.maximum(positive, own)
+        row = row.to(row_scale.dtype)
+        learnable = isinstance(temperature, Tensor)
+        ctx.save_for_backward(a, b, column_mask, row, column, positive, temperature if learnable else None)
+        ctx.ring, ctx.offset, ctx.fixed_temperature = ring, offset, None if learnable else temperature
+        return row, column, positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_row, d_column, d_positive):
+        a, b, column_mask, row, column, positive, temperature = ctx.saved_tensors
+        temperature = ctx.fixed_temperature if temperature is None else temperature
+        row_scale = 1 / (_norm(a) * temperature)
+        da, db = row_scale.new_zeros(a.shape), row_scale.new_zeros(b.shape)
+        with torch.autocast(a.device.type, enabled=False):
+            for samples, first_sample, shared in _blocks(a, b, row_scale, column_mask, ctx.ring):
+                vectors = (row, column[samples], positive, d_row, d_column[samples], d_positive)
+                da_part, db_part = _grad(*shared, first_sample, ctx.offset, *vectors)
+                da += da_part
+                db = ctx.ring.shift(db.add_(db_part))()  # along with its block, and at the end to whom it belongs
+        return *_through_norms(a, b, row_scale, 1 / _norm(b), temperature, da, db), None, None, None
+
+
+def _blocks(
+    a: Tensor, b: Tensor, row_scale: Tensor, column_mask: Tensor | None, ring: Ring
+) -> Iterator[tuple[slice, int, tuple[Tensor | None, ...]]]:
+    """Each rank's b as it comes by: its samples, the first own sample counted from them, and what both ops share."""
+    for step in range(ring.size):
+        following = ring.shift(b) if step + 1 < ring.size else None  # on its way while this one is worked on
+        samples = ring.samples(step, len(b))
+        mask = None if column_mask is None else column_mask[samples]
+        yield samples, ring.rank * len(a) - samples.start, (a, b, row_scale, 1 / _norm(b), mask)
+        if following is not None:
+            b = following()
+
+
+def _through_norms(
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    temperature: float | Tensor,
+    da: Tensor,
+    db: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients in a, b and a learnable temperature from `da` and `db` at fixed scales."""
+    da, radial = _through_norm(a, da, row_scale * temperature)
+    db, _ = _through_norm(b, db, column_scale)
+    d_temperature = None
+    if isinstance(temperature, Tensor):
+        d_temperature = (-radial.sum() / temperature).to(temperature.dtype)
+    return da.to(a.dtype), db.to(b.dtype), d_temperature
+
+
+def _offset(temperature: float | Tensor, num_samples: int) -> float | None:
+    """The largest s there can be, where exp(s - offset) stays far from underflow: one exp serves rows and columns then.
+
+    None where maxima must be found on the way: the value of a tensor is not known here without waiting for its device.
+    And without an offset the gradient of a single sample is exactly 0.
+    """
+    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and num_samples > 1
+    return 1 / temperature if fixed else None
 
 
 def _norm(x: Tensor) -> Tensor:

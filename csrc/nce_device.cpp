@@ -1,4 +1,4 @@
-// The Python side of nce's CUDA kernels: the launchers in vatt_engine/ops/nce_native.py allocate and merge the parts,
+// The Python side of nce's CUDA kernels: vatt_engine/ops/nce_chunked.py allocates and merges the parts,
 // here only what would corrupt memory is checked.
 #include <pybind11/pybind11.h>
 

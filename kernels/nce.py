@@ -1,62 +1,30 @@
 """row, column and positive log-sum-exps of s = scale_i scale_jp <a_i, b_jp>, and the gradient G of s for two products.
 
 A program has one tile of s. For the statistics it leaves its sums over columns and over rows, which are added up in a
-fixed order: the same bits in every run. For the gradient it writes the tile of G, which stays in the L2 until the
-library has multiplied it with both sides.
+fixed order: the same bits in every run. For the gradient it writes its part of G.
 
 Halves are multiplied as they are and the sums scaled afterwards: no similarity has a rounding but that of its sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-STRIP = 4096  # rows at a time: their parts of the columns' sums are 4 STRIP / block_m bytes per column
-GRADIENT = 4096  # rows and columns of a tile of G: 32 MB in halves, of 50 MB of L2 on an H100
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes of the kernels."""
-
-    archs: tuple[int, ...]  # compute capabilities the row is for; 80 serves all that are neither 90 nor 100
-    half: bool  # bfloat16 and float16 products, else float32
-    min_rows: int  # rows of `a` from which on the row is chosen
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def arguments(self) -> dict[str, int]:
-        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
+from .tiles import Tiles, arch_of, choose_tiles
 
 # The first row that fits is taken. Nobody has measured them on a GPU yet: they are guesses that compile without spills.
 # float32 rows are 32 high: from 64 on Triton 3.7 uses TF32 on 100 even where IEEE is asked for.
 TILES = (
-    Tiles((90,), True, 1024, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4),
-    Tiles((80, 100), True, 1024, block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
-    Tiles((80, 90, 100), True, 0, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
-    Tiles((80, 90, 100), False, 0, block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=2),
+    Tiles((90,), True, (1,), 1024, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4),
+    Tiles((80, 100), True, (1,), 1024, block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
+    Tiles((80, 90, 100), True, (1,), 0, block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    Tiles((80, 90, 100), False, (1,), 0, block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=2),
 )
-
-
-def choose_tiles(table: Sequence[Tiles], arch: int, dtype: torch.dtype, rows: int) -> Tiles:
-    half = dtype != torch.float32
-    return next(t for t in table if arch in t.archs and t.half == half and rows >= t.min_rows)
-
-
-def arch_of(device: torch.device) -> int:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return 10 * major if major in (9, 10) else 80
 
 
 @triton.jit
@@ -181,124 +149,55 @@ def nce_grad_kernel(
     tl.store(out, g, mask=in_rows[:, None] & in_columns[None, :])
 
 
-def nce_stats(
+def block_of(a: Tensor) -> tuple[int, int]:
+    """Rows and columns of a program of nce_stats_kernel."""
+    tiles = choose_tiles(TILES, arch_of(a.device), a.dtype, 1, len(a))
+    return tiles.block_m, tiles.block_n
+
+
+def stats_strip(
     a: Tensor,
     b: Tensor,
     row_scale: Tensor,
     column_scale: Tensor,
-    column_mask: Tensor | None,
+    mask: Tensor | None,
     first_sample: int,
     offset: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a [B, D], b [N, P, D] -> row [B], column [N], positive [B]."""
-    num_samples, candidates, dim = b.shape
-    a, b = a.contiguous(), b.contiguous()
-    column_mask = None if column_mask is None else column_mask.contiguous()
-    tiles = choose_tiles(TILES, arch_of(a.device), a.dtype, len(a))
-    row = a.new_empty(len(a), dtype=torch.float32)
-    columns = torch.zeros(num_samples * candidates, dtype=torch.float64, device=a.device)
-    columns = columns if offset is not None else columns.fill_(-torch.inf)
-    positive = torch.full((len(a), candidates), -torch.inf, device=a.device)
-    tiles_n = triton.cdiv(num_samples * candidates, tiles.block_n)
-    for rows in _slices(len(a), STRIP):
-        x = a[rows]
-        tiles_m = triton.cdiv(len(x), tiles.block_m)
-        row_part = row.new_empty(tiles_n, len(x))
-        column_part = row.new_empty(tiles_m, len(columns))
-        with torch.cuda.device_of(a):
-            nce_stats_kernel[(tiles_m * tiles_n,)](
-                x,
-                b,
-                row_scale[rows],
-                column_scale,
-                column_mask,
-                row_part,
-                column_part,
-                positive[rows],
-                len(x),
-                len(columns),
-                first_sample + rows.start,
-                offset,
-                D=dim,
-                P=candidates,
-                **tiles.arguments(),
-            )
-        if offset is None:
-            row[rows] = row_part.double().logsumexp(0)
-            columns = torch.logaddexp(columns, column_part.double().logsumexp(0))
-        else:
-            row[rows] = row_part.double().sum(0).log_().add_(offset)
-            columns += column_part.double().sum(0)
-    columns = columns.view(num_samples, candidates)
-    column = columns.logsumexp(1) if offset is None else columns.sum(1).log_().add_(offset)
-    return row, column.float(), positive.logsumexp(1)
-
-
-def nce_grad(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-    first_sample: int,
-    offset: float | None,
-    row: Tensor,
-    column: Tensor,
+    row_part: Tensor,
+    column_part: Tensor,
     positive: Tensor,
-    d_row: Tensor,
-    d_column: Tensor,
-    d_positive: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """da [B, D], db [N, P, D] in float32, the scales fixed."""
+) -> None:
+    """a [R, D], b [N, P, D] -> row_part [programs along M, R], column_part [programs along R, M], positive [R, P]."""
+    shared = (a, b, row_scale, column_scale, mask)
+    _launch(nce_stats_kernel, shared, (row_part, column_part, positive), first_sample, offset)
+
+
+def gradient_tile(
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    mask: Tensor | None,
+    first_sample: int,
+    offset: float | None,
+    *vectors_and_g: Tensor,
+) -> None:
+    """a [R, D], b [N, P, D], row, column, positive and their gradients -> g [R, N P]."""
+    _launch(nce_grad_kernel, (a, b, row_scale, column_scale, mask), vectors_and_g, first_sample, offset)
+
+
+def _launch(
+    kernel: Any,
+    shared: tuple[Tensor | None, ...],
+    others: tuple[Tensor, ...],
+    first_sample: int,
+    offset: float | None,
+) -> None:
+    a, b = shared[:2]
     candidates, dim = b.shape[1:]
-    a, b = a.contiguous(), b.contiguous()
-    column_mask = None if column_mask is None else column_mask.contiguous()
-    tiles = choose_tiles(TILES, arch_of(a.device), a.dtype, len(a))
-    x, y = (a * row_scale[:, None]).to(a.dtype), (b * column_scale[..., None]).to(b.dtype)
-    da, db = torch.zeros_like(a, dtype=torch.float32), torch.zeros_like(b, dtype=torch.float32)
-    # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
-    row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
-    # In this unit |G| <= 3 and most of it is no smaller than float16 can tell; a power of two rounds nothing.
-    unit = torch.stack([d.abs().amax() for d in (d_row, d_column, d_positive)]).amax().frexp().exponent
-    d_row, d_column, d_positive = (d.ldexp(-unit) for d in (d_row, d_column, d_positive))
-    if offset is not None:
-        d_row, d_column = d_row * (offset - row).exp(), d_column * (offset - column).exp()
-    memory = a.new_empty(min(GRADIENT, len(a)) * min(GRADIENT, len(b)) * candidates)
-    for rows in _slices(len(a), GRADIENT):
-        for samples in _slices(len(b), max(1, GRADIENT // candidates)):
-            shape = (rows.stop - rows.start, (samples.stop - samples.start) * candidates)
-            g = memory[: shape[0] * shape[1]].view(shape)
-            grid = (triton.cdiv(shape[0], tiles.block_m) * triton.cdiv(shape[1], tiles.block_n),)
-            with torch.cuda.device_of(a):
-                nce_grad_kernel[grid](
-                    a[rows],
-                    b[samples],
-                    row_scale[rows],
-                    column_scale[samples],
-                    None if column_mask is None else column_mask[samples],
-                    row[rows],
-                    column[samples],
-                    positive[rows],
-                    d_row[rows],
-                    d_column[samples],
-                    d_positive[rows],
-                    g,
-                    *shape,
-                    first_sample + rows.start - samples.start,
-                    offset,
-                    D=dim,
-                    P=candidates,
-                    **tiles.arguments(),
-                )
-            da[rows] += product(g, y[samples].flatten(0, 1))
-            db[samples].flatten(0, 1).add_(product(g.t(), x[rows]))
-    return da.ldexp(unit).mul_(row_scale[:, None]), db.ldexp(unit).mul_(column_scale[..., None])
-
-
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y summed in float32, by the library."""
-    return torch.mm(x, y) if x.dtype == torch.float32 else torch.mm(x, y, out_dtype=torch.float32)
-
-
-def _slices(total: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+    num_columns = len(b) * candidates
+    tiles = choose_tiles(TILES, arch_of(a.device), a.dtype, 1, len(a))
+    grid = (triton.cdiv(len(a), tiles.block_m) * triton.cdiv(num_columns, tiles.block_n),)
+    with torch.cuda.device_of(a):
+        sizes = (len(a), num_columns, first_sample, offset)
+        kernel[grid](*shared, *others, *sizes, D=dim, P=candidates, **tiles.arguments())

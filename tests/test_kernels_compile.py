@@ -122,7 +122,7 @@ def segment_sums() -> Iterator[Launch]:
 
 
 def nce_tiles() -> Iterator[Launch]:
-    args = integers("num_rows num_columns first_sample") | {"a_ptr": "", "b_ptr": "", "mask_ptr": "*i1:16"}
+    args = integers("num_rows num_columns first_sample") | {"a_ptr": "", "b_ptr": "", "mask_ptr": "*u8:16"}
     args |= dict.fromkeys(("row_scale_ptr", "column_scale_ptr", "positive_ptr"), "*fp32:16")
     parts = dict.fromkeys(("row_part_ptr", "column_part_ptr"), "*fp32:16")
     sums = dict.fromkeys(("row_ptr", "column_ptr", "d_row_ptr", "d_column_ptr", "d_positive_ptr"), "*fp32:16")
@@ -240,7 +240,6 @@ def launched(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     for module in (tokenize, nce):
         monkeypatch.setattr(module, "arch_of", lambda device: 90)
-    monkeypatch.setattr(nce, "product", lambda x, y: x.float() @ y.float())
     return names
 
 
@@ -259,10 +258,15 @@ def test_launchers_call_what_compiles(launched):
     drop_token.drop_token_bwd(drop_token.drop_token_fwd(pos[None], keep[0]), keep[0], 8)
     for tokens in (8, 10_000):
         drop_token.sample_keep(torch.tensor(1), keep[:, 0], tokens, 4)
-    a, b, scale = torch.zeros(8, 16).bfloat16(), torch.zeros(9, 2, 16).bfloat16(), torch.ones(9)
-    for mask, offset in ((None, 1.0), (torch.ones(9).bool(), None)):
-        block = (a, b, scale[:8], torch.ones(9, 2), mask, 1, offset)
-        vectors = (scale[:8], scale, scale[:8])
-        nce.nce_stats(*block)
-        nce.nce_grad(*block, *vectors, *vectors)
+    a, b, vector, scale = (
+        torch.zeros(8, 16).bfloat16(),
+        torch.zeros(9, 2, 16).bfloat16(),
+        torch.ones(9),
+        torch.ones(9, 2),
+    )
+    for mask, offset in ((None, 1.0), (torch.ones(9, dtype=torch.uint8), None)):
+        block = (a, b, vector[:8], scale, mask, 1, offset)
+        nce.stats_strip(*block, torch.ones(1, 8), torch.ones(1, 18), torch.ones(8, 2))
+        vectors = (vector[:8], vector, vector[:8])
+        nce.gradient_tile(*block, *vectors, *vectors, torch.ones(8, 18).bfloat16())
     assert {launch.kernel.__name__ for launch in LAUNCHES} == set(launched)

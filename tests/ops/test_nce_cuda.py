@@ -1,5 +1,6 @@
 """nce's CUDA kernels, run on the CPU by the emulator: their numbers, their bounds, their synchronisation."""
 
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from cuda_emulator import CSRC, Guarded, build
 from torch.utils.dlpack import to_dlpack
 
-from vatt_engine.ops import nce_native
+from vatt_engine.ops import nce_chunked
 from vatt_engine.ops.nce import nce_stats_reference
 from vatt_engine.testing import assert_within_budget, randn
 
@@ -52,7 +53,9 @@ def run(kernels, path, arguments, offset, address=0, order=0):
     """The statistics, from tensors between pages that nobody may touch."""
     guards = [Guarded(x, address if i < 2 else 0) for i, x in enumerate(arguments[:4])]
     kernels.set_order(order)
-    statistics = nce_native.stats(kernels, path, *(guard.tensor for guard in guards), *arguments[4:], offset)
+    strip = functools.partial(nce_chunked.cuda_strip, kernels, path)
+    block = nce_chunked.CUDA_BLOCK[path]
+    statistics = nce_chunked.fused_stats(strip, block, *(guard.tensor for guard in guards), *arguments[4:], offset)
     for guard in guards:
         guard.check()
     return statistics
@@ -62,7 +65,7 @@ def run(kernels, path, arguments, offset, address=0, order=0):
 @pytest.mark.parametrize(("path", "dtype"), PATHS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_statistics(kernels, case, path, dtype, online, monkeypatch):
-    monkeypatch.setattr(nce_native, "STRIP", 128)
+    monkeypatch.setattr(nce_chunked, "STRIP", 128)
     args = arguments(case, dtype)
     exact = nce_stats_reference(
         *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args), None

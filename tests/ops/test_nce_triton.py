@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 import triton_interpreter
 
+from vatt_engine.ops import nce_chunked
 from vatt_engine.ops.nce import nce_grad_reference, nce_stats_reference
 from vatt_engine.testing import assert_within_budget, randn
 
@@ -32,7 +33,16 @@ CASES = triton_interpreter.pairwise(OPTIONS)
 @pytest.fixture(autouse=True)
 def _products_on_a_cpu(monkeypatch):
     """torch.mm of halves into float32 is a GPU's."""
-    monkeypatch.setattr(kernels, "product", lambda x, y: x.float() @ y.float())
+    monkeypatch.setattr(nce_chunked, "multiplies_halves", lambda x: x.dtype in (BF16, F16))
+    monkeypatch.setattr(nce_chunked, "half_product", lambda x, y: x.float() @ y.float())
+
+
+def statistics_of(*args):
+    return nce_chunked.fused_stats(kernels.stats_strip, kernels.block_of(args[0]), *args)
+
+
+def gradients_of(*args):
+    return nce_chunked.fused_grad(kernels.gradient_tile, *args)
 
 
 def label(case):
@@ -52,7 +62,9 @@ def arguments(case):
     return a, b, *scales, mask, case["first_sample"], 1 / t if case["offset"] and 2 / t < 80 else None
 
 
-def cotangents(statistics):
+def cotangents(statistics, strided=False):
+    if strided:  # as a sum has them
+        return [torch.full((1,), 1 / len(x)).expand(len(x)) for x in statistics]
     return [randn(len(x), seed=i, dtype=x.dtype) / len(x) for i, x in enumerate(statistics)]
 
 
@@ -65,15 +77,15 @@ def check(case):
     exact = nce_stats_reference(*in_double(args))
     reference = nce_stats_reference(*args)
     with triton_interpreter.running(), triton_interpreter.guard_bands():
-        actual = kernels.nce_stats(*args)
+        actual = statistics_of(*args)
     for name, got, low, want in zip(("row", "column", "positive"), actual, reference, exact):
         there = want > -torch.inf
         assert torch.equal(got > -torch.inf, there), name
         assert_within_budget(got[there], low[there], want[there], name=name)
     statistics = [x.float() for x in exact]
-    d = cotangents(statistics)
+    d = cotangents(statistics, case["strided"])
     with triton_interpreter.running(), triton_interpreter.guard_bands():
-        actual = kernels.nce_grad(*args, *statistics, *d)
+        actual = gradients_of(*args, *statistics, *d)
     exact = nce_grad_reference(*in_double([*args, *statistics, *d]))
     reference = nce_grad_reference(*args, *statistics, *d)
     for name, got, low, want in zip(("da", "db"), actual, reference, exact):
@@ -95,17 +107,17 @@ LARGE |= {"mask": "some", "first_sample": 1, "strided": False}
 def test_every_row_of_the_table(tiles, offset, monkeypatch):
     """With more than one strip and more than one tile of G."""
     monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
-    monkeypatch.setattr(kernels, "STRIP", 130)
-    monkeypatch.setattr(kernels, "GRADIENT", 140)
+    monkeypatch.setattr(nce_chunked, "STRIP", 130)
+    monkeypatch.setitem(nce_chunked.TILE, "cpu", (140, 140))
     check(LARGE | {"dtype": BF16 if tiles.half else F32, "offset": offset})
 
 
 def test_repeats_bit_for_bit():
     args = arguments(LARGE | {"dtype": BF16})
     with triton_interpreter.running():
-        runs = [kernels.nce_stats(*args) for _ in range(2)]
+        runs = [statistics_of(*args) for _ in range(2)]
         d = cotangents(runs[0])
-        gradients = [kernels.nce_grad(*args, *statistics, *d) for statistics in runs]
+        gradients = [gradients_of(*args, *statistics, *d) for statistics in runs]
     assert all(torch.equal(x, y) for x, y in zip(*runs))
     assert all(torch.equal(x, y) for x, y in zip(*gradients))
 
@@ -114,6 +126,6 @@ def test_the_table_has_a_row_for_everything():
     for arch in (80, 90, 100):
         for dtype in (F32, BF16, F16):
             for rows in (1, 1024, 10**6):
-                tiles = kernels.choose_tiles(kernels.TILES, arch, dtype, rows)
+                tiles = kernels.choose_tiles(kernels.TILES, arch, dtype, 1, rows)
                 assert arch in tiles.archs
                 assert tiles.half == (dtype != F32)

@@ -176,17 +176,22 @@ def _refuses(dtypes: Sequence[torch.dtype]) -> Callable[..., str | None]:
 def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
     """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
     low = (torch.bfloat16, torch.float16)
-    chunked, triton = f"vatt_engine.ops.nce_chunked:{name}", f"vatt_engine.kernels.nce:nce_{name}"
-    mma, wgmma = chunked, chunked
-    if name == "stats":
-        mma, wgmma = (f"vatt_engine.ops.nce_native:stats_{path}" for path in ("mma", "wgmma"))
-    every, cuda = _refuses((torch.float32, *low)), functools.partial(native_missing, cuda=True)
+    every, cuda, tiles = (
+        (torch.float32, *low),
+        functools.partial(native_missing, cuda=True),
+        "vatt_engine.ops.nce_chunked",
+    )
+    mma, wgmma = ("stats_mma", "stats_wgmma") if name == "stats" else (name, name)
+
+    def fused(impl: str, target: str, missing: Callable[[], str | None], dtypes: Sequence[torch.dtype]) -> Impl:
+        return Impl(impl, "cuda", f"{tiles}:{target}", missing=missing, refuses=_refuses(dtypes), unmeasured=True)
+
     return [
-        Impl("chunked", "any", chunked),
+        Impl("chunked", "any", f"{tiles}:{name}"),
         Impl("reference", "any", reference),
-        Impl("triton", "cuda", triton, missing=triton_missing, refuses=every, unmeasured=True),
-        Impl("cuda", "cuda", mma, missing=cuda, refuses=every, unmeasured=True),
-        Impl("wgmma", "cuda", wgmma, missing=wgmma_missing, refuses=_refuses(low), unmeasured=True),
+        fused("triton", f"{name}_triton", triton_missing, every),
+        fused("cuda", mma, cuda, every),
+        fused("wgmma", wgmma, wgmma_missing, low),
     ]
 
 

@@ -23,7 +23,7 @@ from torch import distributed as dist
 
 from vatt_engine.batch import Embeddings
 from vatt_engine.collectives import all_gather, all_reduce_max, all_reduce_sum, rank, ring_shift, world_size
-from vatt_engine.ops.nce import FORMS, Ring, check_pair, nce_ring_statistics, nce_statistics, sample_losses
+from vatt_engine.ops.nce import FORMS, Ring, check_pair, nce_statistics, sample_losses
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0  # bounds of a learnable one
 
@@ -161,12 +161,11 @@ class VATTLoss(nn.Module):
         first = rank(self.group) * len(a)
         mask_all = None if mask is None else all_gather(mask, self.group)
         if self.config.gather == "ring":
-            ring = Ring(rank(self.group), world_size(self.group), functools.partial(ring_shift, group=self.group))
-            statistics = nce_ring_statistics(a, b, self.temperature(), ring, column_mask=mask_all)
+            shift = functools.partial(ring_shift, group=self.group)
+            ring = Ring(first, rank(self.group), world_size(self.group), shift)
         else:
-            b_all = all_gather(b, self.group)
-            statistics = nce_statistics(a, b_all, self.temperature(), column_mask=mask_all, first_sample=first)
-        row, column, positive = statistics
+            b, ring = all_gather(b, self.group), Ring(first)
+        row, column, positive = nce_statistics(a, b, self.temperature(), column_mask=mask_all, ring=ring)
         if self.config.form != "one_way" and world_size(self.group) > 1:
             column = self._merge(column)
         losses = sample_losses(self.config.form, row, column[first : first + len(a)], positive, mask)

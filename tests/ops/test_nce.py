@@ -8,7 +8,7 @@ import torch
 
 from vatt_engine.dispatch import use_impl
 from vatt_engine.ops import nce_chunked
-from vatt_engine.ops.nce import FORMS, mil_nce, nce, nce_statistics, sample_losses
+from vatt_engine.ops.nce import FORMS, Ring, mil_nce, nce, nce_statistics, sample_losses
 from vatt_engine.testing import assert_within_budget, impls_of, randn
 
 IMPLS = impls_of("nce")
@@ -177,7 +177,7 @@ def test_blocks_of_two_ranks_make_one(impl, temperature, monkeypatch):
     with use_impl(nce=impl):
         for cut in range(1, 7):
             blocks = [
-                nce_statistics(rows, parts[1], temperature, column_mask=mask, first_sample=first)
+                nce_statistics(rows, parts[1], temperature, column_mask=mask, ring=Ring(first))
                 for rows, first in ((parts[0][:cut], 0), (parts[0][cut:], cut))
             ]
             column = torch.logaddexp(blocks[0].column[mask], blocks[1].column[mask])

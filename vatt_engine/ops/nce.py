@@ -31,17 +31,25 @@ FORMS = ("joint", "symmetric", "one_way")
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
 
 
+def _stay(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: x
+
+
 class Ring(NamedTuple):
     """Ranks in a circle: `shift` begins to send a tensor to the next one and returns how to wait for the last one's."""
 
-    rank: int
-    size: int
-    shift: Callable[[Tensor], Callable[[], Tensor]]
+    first_sample: int  # that of this rank's first row
+    rank: int = 0
+    size: int = 1
+    shift: Callable[[Tensor], Callable[[], Tensor]] = _stay
 
     def samples(self, step: int, rows: int) -> slice:
         """Of all ranks' samples those whose `rows` of b are here after so many shifts."""
         owner = (self.rank - step) % self.size
         return slice(owner * rows, (owner + 1) * rows)
+
+
+_ALONE = Ring(0)
 
 
 class NCEStatistics(NamedTuple):
@@ -114,38 +122,27 @@ def mil_nce(
 
 
 def nce_statistics(
-    a: Tensor,
-    b: Tensor,
-    temperature: float | Tensor,
-    *,
-    column_mask: Tensor | None = None,
-    first_sample: int = 0,
+    a: Tensor, b: Tensor, temperature: float | Tensor, *, column_mask: Tensor | None = None, ring: Ring = _ALONE
 ) -> NCEStatistics:
     """The three log-sum-exps of one block, differentiable in a, b and the temperature; what `losses` builds on.
 
     Args:
         a: [B, D], the rows of this rank.
-        b: [N, P, D], the candidates of all ranks; row i of a belongs to sample first_sample + i.
+        b: [N, P, D], the candidates of all ranks; or, of a ring of several, this rank's [N / size, P, D]. They travel
+            around it, and in the backward pass once more with their gradients: never more than two blocks are here.
         temperature: positive float or tensor of shape (1,).
         column_mask: [N] bool, False where a sample has no b; None is all valid.
-        first_sample: index of the first row's own sample among the N.
+        ring: which sample the first row belongs to, and the ranks that b travels around.
 
     Returns:
         NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
-    offset = _offset(temperature, len(b))
-    return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, first_sample, offset))
-
-
-def nce_ring_statistics(
-    a: Tensor, b: Tensor, temperature: float | Tensor, ring: Ring, *, column_mask: Tensor | None = None
-) -> NCEStatistics:
-    """`nce_statistics` of this rank's a [B, D] and all ranks' b, of which only two blocks [B, P, D] are ever here.
-
-    They travel around the ring, and in the backward pass once more, with their gradients. column_mask is [size B].
-    """
-    offset = _offset(temperature, ring.size * len(b))
-    return NCEStatistics(*_RingStatistics.apply(a, b, temperature, column_mask, offset, ring))
+    # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
+    # is far from underflow. The value of a tensor is not known here without waiting for its device, and without an
+    # offset the gradient of a single sample is exactly 0.
+    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and ring.size * len(b) > 1
+    offset = 1 / temperature if fixed else None
+    return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, ring, offset))
 
 
 def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
@@ -213,41 +210,16 @@ _grad = define_op(
 
 
 class _Statistics(torch.autograd.Function):
-    """Normalisation, temperature and the two ops; saves its inputs and vectors only."""
+    """Normalisation, temperature and the two ops, block by block as b comes by; saves its inputs and vectors only."""
 
     @staticmethod
-    def forward(ctx, a, b, temperature, column_mask, first_sample, offset):
-        row_scale = 1 / (_norm(a) * temperature)
-        column_scale = 1 / _norm(b)
-        shared = (a, b, row_scale, column_scale, column_mask)
-        with torch.autocast(a.device.type, enabled=False):
-            statistics = _stats(*shared, first_sample, offset)
-        learnable = isinstance(temperature, Tensor)
-        ctx.save_for_backward(*shared, *statistics, temperature if learnable else None)
-        ctx.first_sample, ctx.offset, ctx.fixed_temperature = first_sample, offset, None if learnable else temperature
-        return statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *d_statistics):
-        *shared, row, column, positive, temperature = ctx.saved_tensors
-        with torch.autocast(shared[0].device.type, enabled=False):
-            da, db = _grad(*shared, ctx.first_sample, ctx.offset, row, column, positive, *d_statistics)
-        temperature = ctx.fixed_temperature if temperature is None else temperature
-        return *_through_norms(*shared[:4], temperature, da, db), None, None, None
-
-
-class _RingStatistics(torch.autograd.Function):
-    """`_Statistics` block by block as all ranks' b come by; saves what this rank has brought, and vectors."""
-
-    @staticmethod
-    def forward(ctx, a, b, temperature, column_mask, offset, ring):
+    def forward(ctx, a, b, temperature, column_mask, ring, offset):
         row_scale = 1 / (_norm(a) * temperature)
         row = row_scale.new_full((len(a),), -torch.inf, dtype=torch.float64)
         column, positive = row_scale.new_empty(ring.size * len(b)), row_scale.new_full((len(a),), -torch.inf)
         with torch.autocast(a.device.type, enabled=False):
-            for samples, first_sample, shared in _blocks(a, b, row_scale, column_mask, ring):
-                row_part, column[samples], own = _stats(*shared, first_sample, offset)
+            for samples, shared in _blocks(a, b, row_scale, column_mask, ring):
+                row_part, column[samples], own = _stats(*shared, offset)
                 row, positive = torch.logaddexp(row, row_part), torch.maximum(positive, own)
         row = row.to(row_scale.dtype)
         learnable = isinstance(temperature, Tensor)
@@ -261,25 +233,26 @@ class _RingStatistics(torch.autograd.Function):
         a, b, column_mask, row, column, positive, temperature = ctx.saved_tensors
         temperature = ctx.fixed_temperature if temperature is None else temperature
         row_scale = 1 / (_norm(a) * temperature)
-        da, db = row_scale.new_zeros(a.shape), row_scale.new_zeros(b.shape)
+        da = db = None
         with torch.autocast(a.device.type, enabled=False):
-            for samples, first_sample, shared in _blocks(a, b, row_scale, column_mask, ctx.ring):
+            for samples, shared in _blocks(a, b, row_scale, column_mask, ctx.ring):
                 vectors = (row, column[samples], positive, d_row, d_column[samples], d_positive)
-                da_part, db_part = _grad(*shared, first_sample, ctx.offset, *vectors)
-                da += da_part
-                db = ctx.ring.shift(db.add_(db_part))()  # along with its block, and at the end to whom it belongs
+                da_part, db_part = _grad(*shared, ctx.offset, *vectors)
+                da = da_part if da is None else da.add_(da_part)
+                db = db_part if db is None else db.add_(db_part)
+                db = ctx.ring.shift(db)()  # along with its block, and at the end to whom it belongs
         return *_through_norms(a, b, row_scale, 1 / _norm(b), temperature, da, db), None, None, None
 
 
 def _blocks(
     a: Tensor, b: Tensor, row_scale: Tensor, column_mask: Tensor | None, ring: Ring
-) -> Iterator[tuple[slice, int, tuple[Tensor | None, ...]]]:
-    """Each rank's b as it comes by: its samples, the first own sample counted from them, and what both ops share."""
+) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Each rank's b as it comes by: its samples, and what both ops share."""
     for step in range(ring.size):
         following = ring.shift(b) if step + 1 < ring.size else None  # on its way while this one is worked on
         samples = ring.samples(step, len(b))
         mask = None if column_mask is None else column_mask[samples]
-        yield samples, ring.rank * len(a) - samples.start, (a, b, row_scale, 1 / _norm(b), mask)
+        yield samples, (a, b, row_scale, 1 / _norm(b), mask, ring.first_sample - samples.start)
         if following is not None:
             b = following()
 
@@ -300,16 +273,6 @@ def _through_norms(
     if isinstance(temperature, Tensor):
         d_temperature = (-radial.sum() / temperature).to(temperature.dtype)
     return da.to(a.dtype), db.to(b.dtype), d_temperature
-
-
-def _offset(temperature: float | Tensor, num_samples: int) -> float | None:
-    """The largest s there can be, where exp(s - offset) stays far from underflow: one exp serves rows and columns then.
-
-    None where maxima must be found on the way: the value of a tensor is not known here without waiting for its device.
-    And without an offset the gradient of a single sample is exactly 0.
-    """
-    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and num_samples > 1
-    return 1 / temperature if fixed else None
 
 
 def _norm(x: Tensor) -> Tensor:

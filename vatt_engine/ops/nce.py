@@ -172,12 +172,9 @@ def _refuses(dtypes: Sequence[torch.dtype]) -> Callable[..., str | None]:
 
 def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
     """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
+    tiles = "vatt_engine.ops.nce_chunked"
     low = (torch.bfloat16, torch.float16)
-    every, cuda, tiles = (
-        (torch.float32, *low),
-        functools.partial(native_missing, cuda=True),
-        "vatt_engine.ops.nce_chunked",
-    )
+    every, cuda = (torch.float32, *low), functools.partial(native_missing, cuda=True)
     mma, wgmma = ("stats_mma", "stats_wgmma") if name == "stats" else (name, name)
 
     def fused(impl: str, target: str, missing: Callable[[], str | None], dtypes: Sequence[torch.dtype]) -> Impl:

@@ -13,10 +13,7 @@ __device__ __forceinline__ float over_warp(float value, const Combine& combine) 
   return value;
 }
 
-// log(sum) + largest, where `largest` is no infinity unless the sum is empty.
-__device__ __forceinline__ float log_of(float sum, float largest) {
-  return sum > 0.0f ? largest + logf(sum) : -INFINITY;
-}
+__device__ __forceinline__ float log_of(float sum, float shift) { return sum == 0.0f ? -INFINITY : shift + logf(sum); }
 
 // `products`: [kRows][kStride] in shared memory, those of rows and columns that do not exist are finite. It ends as s,
 // or as exp(s - offset), with -inf or 0 where nothing counts. A warp takes a row, then a thread a column, in an order

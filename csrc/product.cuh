@@ -191,9 +191,9 @@ class Product<float, kDepthFirst> {
   float sum_[8][8] = {};
 };
 
-// The loop over the depth. Video goes through registers: fetched two steps ahead, put into its tile one step ahead; the
-// matrix is copied in the background two steps ahead; prepare(i) may fill a table, one of two, that fetch(i) and
-// copy(i) read. They do nothing for steps that there are not.
+// The loop over the depth. Matrices are copied in the background two steps ahead; what goes through registers is
+// fetched two steps ahead and put into its tile one step ahead; prepare(i) may fill a table, one of two, that fetch(i)
+// and copy(i) read. They do nothing for steps that there are not.
 template <typename Prepare, typename Copy, typename Fetch, typename Put, typename Multiply>
 __device__ __forceinline__ void run_steps(int steps, const Prepare& prepare, const Copy& copy, const Fetch& fetch,
                                           const Put& put, const Multiply& multiply) {

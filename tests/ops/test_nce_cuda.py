@@ -90,6 +90,16 @@ def test_the_order_of_warps_changes_nothing(kernels, path, dtype):
     assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other))
 
 
+@pytest.mark.parametrize("offset", [None, 1 / 0.07])
+@pytest.mark.parametrize("path", ["mma", "wgmma"])
+def test_what_is_no_number_stays_none(kernels, path, offset):
+    args = arguments(Case(3, 4, 2, 16), BF16)
+    args[0][1, 3] = float("nan")
+    row, column, positive = run(kernels, path, args, offset)
+    assert row.isnan().tolist() == positive.isnan().tolist() == [False, True, False]
+    assert column.isnan().all()
+
+
 GIVEN = {
     "path": "mma",
     "a": torch.zeros(5, 4),

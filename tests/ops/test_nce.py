@@ -12,7 +12,7 @@ from vatt_engine.ops.nce import FORMS, Ring, mil_nce, nce, nce_statistics, sampl
 from vatt_engine.testing import assert_within_budget, impls_of, randn
 
 IMPLS = impls_of("nce")
-IMPL_NAMES = sorted({name for name, _ in IMPLS})
+IMPL_NAMES = [name for name, device in IMPLS if device == "cpu"]
 
 
 class Case(NamedTuple):
@@ -80,6 +80,8 @@ def losses_and_gradients(video, text, mask, temperature, form, impl):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("impl", "device"), [(impl, device) for impl, device in IMPLS if impl != "reference"])
 def test_matches_reference(impl, device, form, case, monkeypatch):
+    if impl == "wgmma" and case.dtype == torch.float32:
+        pytest.skip("wgmma multiplies halves")
     monkeypatch.setitem(nce_chunked.TILE, "cpu", (256, 512))
     video, text, mask = make(case, device)
     exact = losses_and_gradients(video.double(), text.double(), mask, case.temperature, form, "reference")

@@ -96,7 +96,7 @@ def open_clip_loss(_shape, video, text):
 
 
 def check_large(bench, case, given):
-    """Every provider within half of its digits of float64 by tiles; tests hold ours to more where the reference fits."""
+    """Every provider within half of its digits of float64 by tiles; where the reference fits, tests ask for more."""
     shape = SHAPES[case.op][case.device][case.shape]
     exact = one_pass(bench.exact, shape, in_double(given), case.passes)()
     checked = Checked({}, {}, {})

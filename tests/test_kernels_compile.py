@@ -129,7 +129,7 @@ def nce_tiles() -> Iterator[Launch]:
     for tiles in nce.TILES:
         dtype = "bf16" if tiles.half else "fp32"
         args |= {"a_ptr": f"*{dtype}:16", "b_ptr": f"*{dtype}:16", "D": 512} | tiles.arguments()
-        for offset, candidates in (("fp32", 1), (None, 5)):
+        for offset, candidates in (("fp32", 1), (None, 5))[0 if tiles.min_rows else 1 :]:
             args |= {"offset": offset, "P": candidates}
             label = f"{dtype} {'' if offset else 'no '}offset {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
             yield Launch(nce.nce_stats_kernel, label, args | parts, tiles.archs, tensor_cores=tiles.half)

@@ -55,7 +55,10 @@ def arguments(case):
     a = randn(case["dim"], case["rows"], seed=1, dtype=dtype).T
     b = randn(case["samples"], case["candidates"], case["dim"], seed=2, dtype=dtype)
     b[: min(len(a), len(b))] += a[: len(b), None]
-    a = a if case["strided"] else a.contiguous()
+    if case["strided"]:
+        b = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    else:
+        a = a.contiguous()
     scales = 1 / (a.float().norm(dim=1).clamp_min(1e-6) * t), 1 / b.float().norm(dim=2).clamp_min(1e-6)
     mask = torch.arange(len(b)) % 3 != 1 if case["mask"] == "some" else None
     mask = torch.zeros(len(b)).bool() if case["mask"] == "all" else mask

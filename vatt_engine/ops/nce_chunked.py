@@ -106,8 +106,7 @@ def fused_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`stats` by `strip`, which has all columns of some rows and leaves the sums, or log-sum-exps, of every block."""
     num_samples, candidates, _ = b.shape
-    a, b = a.contiguous(), b.contiguous()
-    mask = None if column_mask is None else column_mask.contiguous().view(torch.uint8)
+    a, b, row_scale, column_scale, mask = map(_dense, (a, b, row_scale, column_scale, column_mask))
     row, empty = row_scale.new_empty(len(a)), -torch.inf if offset is None else 0.0
     columns = row_scale.new_full((num_samples * candidates,), empty, dtype=torch.float64)
     positive = row_scale.new_full((len(a), candidates), -torch.inf)
@@ -140,17 +139,11 @@ def fused_grad(gradient_tile: Callable[..., None], *given: Any) -> tuple[Tensor,
     """`grad` by `gradient_tile`, which writes G of some rows and samples in the dtype of the products."""
 
     def tiles(x, y, a, b, row_scale, column_scale, mask, first_sample, offset, row, column, positive, *d):
-        a, b = a.contiguous(), b.contiguous()
-        mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        a, b, row_scale, column_scale, mask = map(_dense, (a, b, row_scale, column_scale, mask))
         for rows, samples, g in _places(x, y, x.dtype):
             first = first_sample + rows.start - samples.start
-            shared = (
-                a[rows],
-                b[samples],
-                row_scale[rows],
-                column_scale[samples],
-                mask if mask is None else mask[samples],
-            )
+            part = None if mask is None else mask[samples]
+            shared = (a[rows], b[samples], row_scale[rows], column_scale[samples], part)
             vectors = (row[rows], column[samples], positive[rows], d[0][rows], d[1][samples], d[2][rows])
             gradient_tile(*shared, first, offset, *vectors, g.flatten(1))
             yield rows, samples, g.flatten(1)
@@ -239,6 +232,13 @@ def _places(x: Tensor, y: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, s
         for samples in _slices(len(y), step):
             shape = (rows.stop - rows.start, samples.stop - samples.start, candidates)
             yield rows, samples, room[: shape[0] * shape[1] * candidates].view(shape)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """As kernels take it: contiguous, and bytes for bool."""
+    if x is None:
+        return None
+    return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:

@@ -3,12 +3,20 @@
 s = a @ b.T / temperature [B, B P],  loss = mean_i(logsumexp(row i and column i of s) - logsumexp(positives of i))
 """
 
+import importlib.util
+import json
+import statistics
+
+import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, compiled
+from benchmarks import machine
+from benchmarks.harness import FORWARD_BACKWARD, Bench, Checked, assert_close, cases, compiled, in_double, one_pass
+from benchmarks.shapes import NCE_MEMORY, SHAPES
+from benchmarks.timing import peak_extra_bytes
 from vatt_engine.ops import mil_nce
-from vatt_engine.testing import randn
+from vatt_engine.testing import devices, randn
 
 TEMPERATURE = 0.07
 
@@ -59,3 +67,115 @@ BENCH = Bench(
 @cases(BENCH)
 def test_nce(measure, case):
     measure(BENCH, case)
+
+
+def symmetric(_shape, video, text):
+    return mil_nce(video, text, TEMPERATURE, form="symmetric")
+
+
+def one_matrix(_shape, video, text):
+    """CLIP's loss as one writes it down: a cross-entropy of the matrix and one of its transpose."""
+    s = F.normalize(video, dim=-1) @ F.normalize(text.squeeze(1), dim=-1).T / TEMPERATURE
+    own = torch.arange(len(s), device=s.device)
+    return F.cross_entropy(s, own) + F.cross_entropy(s.T, own)
+
+
+def two_matrices(_shape, video, text):
+    """The same with a product for each direction, as CLIP and open_clip have it."""
+    video, text = F.normalize(video, dim=-1), F.normalize(text.squeeze(1), dim=-1)
+    own = torch.arange(len(video), device=video.device)
+    one = F.cross_entropy(video @ text.T / TEMPERATURE, own)
+    return one + F.cross_entropy(text @ video.T / TEMPERATURE, own)
+
+
+def open_clip_loss(_shape, video, text):
+    from open_clip.loss import ClipLoss
+
+    video, text = F.normalize(video, dim=-1), F.normalize(text.squeeze(1), dim=-1)
+    return 2 * ClipLoss()(video, text, 1 / TEMPERATURE)
+
+
+def check_large(bench, case, given):
+    """Every provider within half of its digits of float64 by tiles; where the reference fits, tests ask for more."""
+    shape = SHAPES[case.op][case.device][case.shape]
+    exact = one_pass(bench.exact, shape, in_double(given), case.passes)()
+    checked = Checked({}, {}, {})
+    for provider, function in bench.providers(case.device).items():
+        try:
+            with bench.choose(provider):
+                call = one_pass(function, shape, given, case.passes)
+                assert_close(["y", "dvideo", "dtext"], call(), exact)
+            checked.calls[provider] = call
+        except torch.OutOfMemoryError as error:
+            checked.refused[provider] = str(error)
+        except AssertionError as error:
+            checked.failed[provider] = str(error)
+    return checked
+
+
+SYMMETRIC = Bench(
+    name="nce_symmetric",
+    stem="nce",
+    op=symmetric,
+    rivals={
+        "two matrices": two_matrices,
+        "one matrix": one_matrix,
+        **compiled("one matrix compiled", one_matrix),
+        **({"open_clip": open_clip_loss} if importlib.util.find_spec("open_clip") else {}),
+    },
+    inputs=inputs,
+    exact=symmetric,  # in float64 by tiles: the matrix would not fit
+    check=check_large,
+    bytes_moved=bytes_moved,
+    flops=flops,
+    passes=(FORWARD_BACKWARD,),
+    dtypes={"cpu": ("fp32",), "cuda": ("bf16",)},
+)
+
+
+@pytest.mark.timeout(1800)
+@cases(SYMMETRIC)
+def test_nce_symmetric(measure, case):
+    measure(SYMMETRIC, case)
+
+
+@pytest.mark.parametrize("device", devices())
+def test_memory_grows_with_the_batch_alone(request, device):
+    """Extra bytes of forward and backward over B: a line, whose slope is a few rows of float32; with a plot of it."""
+    batches, points = [shape.batch for shape in NCE_MEMORY], []
+    for shape in NCE_MEMORY:
+        call = one_pass(symmetric, shape, inputs(shape, torch.float32, device), FORWARD_BACKWARD)
+        points.append(peak_extra_bytes(call, device))
+    slope, intercept = statistics.linear_regression(batches, points)
+    row_bytes = 2 * NCE_MEMORY[0].dim * 4  # one row of either side in float32
+    found = {"device": device, "dim": NCE_MEMORY[0].dim, "batch": batches, "extra_bytes": points}
+    found |= {"slope": slope, "slope_in_rows": slope / row_bytes, "intercept": intercept, "stamp": machine.stamp()}
+    print(json.dumps(found))
+    if (folder := request.config.getoption("--results")) is not None:
+        path = folder / machine.slug() / f"nce_memory_{device}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        plot_memory(found, path.with_suffix(".png"))
+    worst = max(abs(slope * x + intercept - y) for x, y in zip(batches, points))
+    assert worst < 0.05 * points[-1], found
+    assert slope < 5 * row_bytes, found
+
+
+def plot_memory(found, path):
+    """The measured points, the line through them, and what one stored float32 matrix would take."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    batches = found["batch"]
+    line = [(found["slope"] * b + found["intercept"]) / 2**20 for b in batches]
+    axes.plot(batches, [4 * b * b / 2**20 for b in batches], "--", color="#6f7680", label="one B x B matrix, float32")
+    axes.plot(batches, line, color="#1f77b4", label=f"{found['slope']:.0f} B + {found['intercept'] / 2**20:.0f} MiB")
+    axes.plot(batches, [y / 2**20 for y in found["extra_bytes"]], "o", color="#1b1b1b", label="measured")
+    axes.set(
+        xscale="log", yscale="log", xlabel="B", ylabel="extra MiB", title=f"nce, D = {found['dim']}, {found['device']}"
+    )
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

@@ -240,6 +240,11 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         },
         "sanitizer": {"ragged": NCE(batch=37, dim=67, candidates=3), "one": NCE(batch=1, dim=16)},
     },
+    "nce_symmetric": {
+        "cpu": {"16k": NCE(batch=16384, dim=512)},
+        "cuda": {"64k": NCE(batch=65536, dim=512), "64k-768": NCE(batch=65536, dim=768)},
+        "sanitizer": {"ragged": NCE(batch=131, dim=24)},
+    },
     "step": {
         "cpu": {"tiny": Step(model="vatt_tiny", batch=16)},
         "cuda": {
@@ -276,4 +281,5 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         },
     },
 }
+NCE_MEMORY = [NCE(batch=batch << 10, dim=64) for batch in (4, 8, 16, 32, 64)]  # of one curve
 SHAPES["sample_keep"] = SHAPES["drop_token"]

@@ -5,6 +5,7 @@
 
 namespace vatt {
 void bind_drop_token(pybind11::module_& m);
+void bind_nce_device(pybind11::module_& m);
 void bind_tokenize(pybind11::module_& m);
 void bind_tokenize_device(pybind11::module_& m);
 }  // namespace vatt
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = static_cast<bool>(VATT_HAS_CUDA);
   m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
   vatt::bind_drop_token(m);
+  vatt::bind_nce_device(m);
   vatt::bind_tokenize(m);
   vatt::bind_tokenize_device(m);
 }

@@ -5,102 +5,15 @@
 #include "tokenize_device.h"
 #include "tokenize_product.cuh"
 #include "tokenize_tile.cuh"
-#include "wgmma.cuh"
-
-#if defined(VATT_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define VATT_HAS_WGMMA 1
-#else
-#define VATT_HAS_WGMMA 0
-#endif
+#include "wgmma_product.cuh"
 
 namespace vatt {
 namespace sm90 {
-
-constexpr int kProducers = kWarpgroup, kConsumers = 2 * kWarpgroup, kThreads = kProducers + kConsumers;
-constexpr int kVideoSide = 128, kMatrixSide = 256;  // outputs of a block along the operand from the video, the other
-constexpr int kDepth = 64;                          // of one step of the sum: a row of 128 bytes
-constexpr int kStages = 4;
-constexpr int kPartBytes = 64 * 128;  // 64 rows of a tile
-constexpr int kVideoBytes = kVideoSide / 64 * kPartBytes;
-constexpr int kStageBytes = kVideoBytes + kMatrixSide / 64 * kPartBytes;
-constexpr int kTileBytes = kStages * kStageBytes;
-constexpr int kSharedBytes = kTileBytes + 4 * kDepth * static_cast<int>(sizeof(int64_t));
-constexpr int kFwdStagingRow = kMatrixSide + 8, kBwdStagingRow = kVideoSide + 4;  // floats; keep rows in other banks
-static_assert(kVideoSide * kFwdStagingRow * 4 <= kTileBytes && kMatrixSide * kBwdStagingRow * 4 <= kTileBytes);
-
-// Barriers: a stage is full for a group of consumers, a stage is empty, one part among itself.
-inline constexpr int kProducersOnly = 1, kConsumersOnly = 2, kFirstFull = 3, kFirstEmpty = kFirstFull + 2 * kStages;
-static_assert(kFirstEmpty + kStages <= 16);
-
-__device__ __forceinline__ int full(int i, int group) { return kFirstFull + 2 * (i % kStages) + group; }
-
-__device__ __forceinline__ int empty(int i) { return kFirstEmpty + i % kStages; }
-
-__device__ __forceinline__ unsigned char* video_tile(unsigned char* tiles, int i) {
-  return tiles + i % kStages * kStageBytes;
-}
-
-__device__ __forceinline__ unsigned char* matrix_tile(unsigned char* tiles, int i) {
-  return video_tile(tiles, i) + kVideoBytes;
-}
-
-// The producers' part: the tiles of all steps. The video is fetched a step before it is put; copy(i) copies the matrix
-// in the background; prepare(i) fills a table that copy(i) and fetch(i) read.
-template <typename Prepare, typename Copy, typename Fetch, typename Put>
-__device__ __forceinline__ void produce(int steps, const Prepare& prepare, const Copy& copy, const Fetch& fetch,
-                                        const Put& put) {
-  const auto publish = [&](int i) {
-    fence_async_proxy();
-    for (int group = 0; group < 2; ++group) barrier_arrive(full(i, group), kProducers + kWarpgroup);
-  };
-  for (int i = 0; i < min(steps, 2); ++i) prepare(i);
-  if (steps > 0) fetch(0);
-#pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    if (i + 2 < steps) prepare(i + 2);
-    if (i >= kStages) barrier_sync(empty(i), kProducers + kConsumers);
-    copy(i);
-    cp_async_commit();
-    put(i);
-    if (i + 1 < steps) fetch(i + 1);
-    cp_async_wait<1>();
-    if (i > 0) publish(i - 1);
-  }
-  cp_async_wait<0>();
-  if (steps > 0) publish(steps - 1);
-}
-
-// The consumers' part: sum[video, matrix] += the products of all steps.
-template <typename T, bool kAcrossRows>
-__device__ __forceinline__ void consume(float (&sum)[128], int steps, unsigned char* tiles, int group) {
-  if (shared_address(tiles) % kPatternBytes) __trap();
-#pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    barrier_sync(full(i, group), kProducers + kWarpgroup);
-    uint64_t left = matrix_descriptor(video_tile(tiles, i) + group * kPartBytes, kPartBytes);
-    uint64_t right = matrix_descriptor(matrix_tile(tiles, i), kPartBytes);
-    wgmma_fence(sum);
-#pragma unroll
-    for (int k = 0; k < kDepth; k += kWgmmaK) {
-      wgmma_m64n256k16<T, kAcrossRows, kAcrossRows>(sum, left, right);
-      left = next_k<kAcrossRows>(left);
-      right = next_k<kAcrossRows>(right);
-    }
-    wgmma_commit();
-    wgmma_wait<1>(sum);
-    if (i > 0 && i - 1 + kStages < steps) barrier_arrive(empty(i - 1), kProducers + kConsumers);
-  }
-  wgmma_wait<0>(sum);
-  barrier_sync(kConsumersOnly, kConsumers);  // nobody reads the tiles any more
-}
-
-// Where sum[i] of a consumer lies: along the video's operand, and along the matrix.
-__device__ __forceinline__ int video_index(int i) {
-  return static_cast<int>(threadIdx.x - kProducers) / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
-}
-__device__ __forceinline__ int matrix_index(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
-
 namespace {
+
+constexpr int kSharedBytes = kTileBytes + 4 * kDepth * static_cast<int>(sizeof(int64_t));
+constexpr int kBwdStagingRow = kLeftSide + 4;
+static_assert(kRightSide * kBwdStagingRow * 4 <= kTileBytes);
 
 // out[i, d] = scale sum_p x[i, p] W[d, p] + bias[d] + pos[token(i), d] for 128 x 256 of (i, d).
 template <typename T, bool kBytes>
@@ -108,13 +21,13 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
 #if VATT_HAS_WGMMA
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
-  const int column_tiles = (dim + kMatrixSide - 1) / kMatrixSide;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x / column_tiles) * kVideoSide;
-  const int column0 = static_cast<int>(blockIdx.x) % column_tiles * kMatrixSide;
+  const int column_tiles = (dim + kRightSide - 1) / kRightSide;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / column_tiles) * kLeftSide;
+  const int column0 = static_cast<int>(blockIdx.x) % column_tiles * kRightSide;
   unsigned char* tiles = dynamic_shared();
   int64_t* tokens = reinterpret_cast<int64_t*>(tiles + kTileBytes);  // of the block's rows; -1 for AGG
-  int64_t* found = tokens + kVideoSide;
-  if (threadIdx.x < kVideoSide) {
+  int64_t* found = tokens + kLeftSide;
+  if (threadIdx.x < kLeftSide) {
     const int64_t i = row0 + threadIdx.x, b = i / params.rows.per_sample();
     const int64_t k = i % params.rows.per_sample() - params.rows.agg;
     found[threadIdx.x] = find_patch(params.rows, i);
@@ -130,19 +43,19 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
     produce(
         steps, [](int) {},
         [&](int i) {
-          copy_tile<T, kProducers, kMatrixSide, 128>(matrix_tile(tiles, i), weight, size, column0, i * kDepth, aligned,
-                                                     [&](int n) { return column0 + n < dim; });
+          copy_tile<T, kProducers, kRightSide, 128>(right_tile(tiles, i), weight, size, column0, i * kDepth, aligned,
+                                                    [&](int n) { return column0 + n < dim; });
         },
         [&](int i) {
           video.fetch(p, ChunkPlace(p, i * kDepth + chunk * kChunk), [&](int j) { return found[row + j * 32]; });
         },
-        [&](int i) { video.put(video_tile(tiles, i), params.rows, row0, i * kDepth + chunk * kChunk); });
+        [&](int i) { video.put(left_tile(tiles, i), params.rows, row0, i * kDepth + chunk * kChunk); });
   } else {
     float sum[128] = {};
     consume<T, false>(sum, steps, tiles, (threadIdx.x - kProducers) / kWarpgroup);
 #pragma unroll
     for (int i = 0; i < 128; i += 2) {
-      float* to = staging + video_index(i) * kFwdStagingRow + matrix_index(i);
+      float* to = staging + left_index(i) * kStagingRow + right_index(i);
       *reinterpret_cast<float2*>(to) = make_float2(sum[i], sum[i + 1]);
     }
   }
@@ -152,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
   float bias[8];
   load8(bias, params.bias, column, count);
 #pragma unroll 1
-  for (int r = threadIdx.x / 32; r < kVideoSide && row0 + r < params.rows.count(); r += kThreads / 32) {
-    store_tokens(params, kBytes ? kByteScale : 1.0f, staging + r * kFwdStagingRow + column - column0, bias, row0 + r,
+  for (int r = threadIdx.x / 32; r < kLeftSide && row0 + r < params.rows.count(); r += kThreads / 32) {
+    store_tokens(params, kBytes ? kByteScale : 1.0f, staging + r * kStagingRow + column - column0, bias, row0 + r,
                  tokens[r], column);
   }
 #else
@@ -167,9 +80,9 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
 #if VATT_HAS_WGMMA
   const PatchParams& p = params.rows.patches;
   const int dim = static_cast<int>(params.dim), size = static_cast<int>(patch_size(p));
-  const int column_tiles = (size + kVideoSide - 1) / kVideoSide;
-  const int d0 = static_cast<int>(blockIdx.x) / column_tiles * kMatrixSide;
-  const int p0 = static_cast<int>(blockIdx.x) % column_tiles * kVideoSide;
+  const int column_tiles = (size + kLeftSide - 1) / kLeftSide;
+  const int d0 = static_cast<int>(blockIdx.x) / column_tiles * kRightSide;
+  const int p0 = static_cast<int>(blockIdx.x) % column_tiles * kLeftSide;
   unsigned char* tiles = dynamic_shared();
   int64_t* found = reinterpret_cast<int64_t*>(tiles + kTileBytes);  // [4][kDepth]: patches of the rows of a step
   const T* grad = static_cast<const T*>(params.grad);
@@ -192,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
         [&](int i) {
           const auto has_row = [&](int r) { return found[i % 4 * kDepth + r] != kNoPatch; };
 #pragma unroll
-          for (int part = 0; part < kMatrixSide / 64; ++part) {
-            copy_tile<T, kProducers, kDepth, 128>(matrix_tile(tiles, i) + part * kPartBytes, grad, dim,
+          for (int part = 0; part < kRightSide / 64; ++part) {
+            copy_tile<T, kProducers, kDepth, 128>(right_tile(tiles, i) + part * kPartBytes, grad, dim,
                                                   (first + i) * kDepth, d0 + part * 64, aligned, has_row);
           }
         },
@@ -204,20 +117,20 @@ __global__ void __launch_bounds__(kThreads, 1) bwd_weight_kernel(const __grid_co
         },
         [&](int i) {
           const int64_t row0 = (first + i) * kDepth;
-          left.put(video_tile(tiles, i), params.rows, row0, left_at.first);
-          right.put(video_tile(tiles, i) + kPartBytes, params.rows, row0, right_at.first);
+          left.put(left_tile(tiles, i), params.rows, row0, left_at.first);
+          right.put(left_tile(tiles, i) + kPartBytes, params.rows, row0, right_at.first);
         });
   } else {
     float sum[128] = {};
     consume<T, true>(sum, steps, tiles, (threadIdx.x - kProducers) / kWarpgroup);
 #pragma unroll
-    for (int i = 0; i < 128; ++i) staging[matrix_index(i) * kBwdStagingRow + video_index(i)] = sum[i];
+    for (int i = 0; i < 128; ++i) staging[right_index(i) * kBwdStagingRow + left_index(i)] = sum[i];
   }
   __syncthreads();
   const int group = threadIdx.x % 16, column = p0 + group * 8;
   if (column >= size) return;
 #pragma unroll 1
-  for (int r = threadIdx.x / 16; r < kMatrixSide && d0 + r < dim; r += kThreads / 16) {
+  for (int r = threadIdx.x / 16; r < kRightSide && d0 + r < dim; r += kThreads / 16) {
     store_gradient(params, kBytes ? kByteScale : 1.0f, staging + r * kBwdStagingRow + group * 8, d0 + r, column);
   }
 #else
@@ -252,7 +165,7 @@ void check_dtype(DType dtype) {
 void tokenize_fwd_wgmma(const TokenizeFwdParams& params, DType dtype, int device, void* stream) {
   using namespace sm90;
   check_dtype(dtype);
-  const int64_t blocks = tiles_of(params.rows.count(), kVideoSide) * tiles_of(params.dim, kMatrixSide);
+  const int64_t blocks = tiles_of(params.rows.count(), kLeftSide) * tiles_of(params.dim, kRightSide);
   if (blocks == 0) return;
   const DeviceGuard guard(device);
   const auto run = dtype == DType::kHalf ? launch_fwd<Half> : launch_fwd<BFloat16>;
@@ -263,7 +176,7 @@ void tokenize_bwd_weight_wgmma(const TokenizeBwdParams& params, DType dtype, int
   using namespace sm90;
   check_dtype(dtype);
   const int64_t size = patch_size(params.rows.patches);
-  const int64_t blocks = tiles_of(params.dim, kMatrixSide) * tiles_of(size, kVideoSide);
+  const int64_t blocks = tiles_of(params.dim, kRightSide) * tiles_of(size, kLeftSide);
   if (blocks == 0) return;
   const DeviceGuard guard(device);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(params.splits));

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cuda_utils.cuh"
+#include "product.cuh"
 #include "tensor_core.cuh"
 #include "tokenize_device.h"
 
@@ -169,13 +170,6 @@ __device__ __forceinline__ void convert_bytes(uint32_t word, uint32_t* values) {
 
 // ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
-// Where 16-byte piece `piece` of a row lies: rows beside each other have their pieces in different banks.
-template <int kRowBytes>
-__device__ __forceinline__ int tile_offset(int row, int piece) {
-  static_assert(kRowBytes % 128 == 0);
-  return row * kRowBytes + ((piece ^ (row & 7)) << 4);
-}
-
 // Sixteen bytes of aligned values of T from any float type.
 template <typename T, typename Pixel>
 __device__ __forceinline__ void store_vector(unsigned char* piece, const Pixel* pixels) {
@@ -281,32 +275,5 @@ class VideoTile {
   ByteChunk bytes_[kRows];
   unsigned waiting_ = (1u << kRows) - 1;  // rows that are not in bytes_
 };
-
-// Rows row0.. and columns column0.. of a matrix [*, columns] into a tile: in the background where 16 bytes lie aligned,
-// element by element otherwise. Columns behind the last, and rows for which has_row(row of the tile) is false, are
-// zero.
-template <typename T, int kThreads, int kRows, int kRowBytes, typename HasRow>
-__device__ __forceinline__ void copy_tile(unsigned char* tile, const T* matrix, int columns, int64_t row0, int column0,
-                                          bool aligned, const HasRow& has_row) {
-  constexpr int kPieces = kRowBytes / 16, kVector = 16 / sizeof(T), kRowStep = kThreads / kPieces;
-  static_assert(kRowStep % 8 == 0);  // rows of one thread have the same swizzle
-  const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces, column = column0 + piece * kVector;
-  unsigned char* to = tile + tile_offset<kRowBytes>(first, piece);
-  const T* from = matrix + (row0 + first) * columns + column;
-  const int64_t step = static_cast<int64_t>(kRowStep) * columns;
-  if (aligned) {
-#pragma unroll
-    for (int i = 0; i < kRows / kRowStep; ++i, from += step, to += kRowStep * kRowBytes) {
-      const bool any = has_row(first + i * kRowStep) && column < columns;
-      cp_async<16>(to, any ? from : matrix, any ? 16 : 0);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kRows / kRowStep; ++i, from += step, to += kRowStep * kRowBytes) {
-      const bool any = has_row(first + i * kRowStep);
-      for (int j = 0; j < kVector; ++j) reinterpret_cast<T*>(to)[j] = any && column + j < columns ? from[j] : T{};
-    }
-  }
-}
 
 }  // namespace vatt

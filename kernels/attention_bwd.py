@@ -16,25 +16,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile import Call, Tiles, load_rows, place, positions, prepare, row_keys, scores, survives, tail_of
+from .attention_tile import (
+    AttentionTiles,
+    Call,
+    load_rows,
+    place,
+    positions,
+    prepare,
+    row_keys,
+    scores,
+    survives,
+    tail_of,
+)
 
 # Not measured on a GPU yet, as those of the forward.
 DQ_TILES = (
-    Tiles((90, 100), True, False, 65, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    Tiles((80,), True, False, 65, block_m=64, block_n=64, num_warps=4, num_stages=2),
-    Tiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
-    Tiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((90, 100), True, False, 65, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionTiles((80,), True, False, 65, block_m=64, block_n=64, num_warps=4, num_stages=2),
+    AttentionTiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
+    AttentionTiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
 )
 DKV_TILES = (
-    Tiles((90, 100), True, False, 65, block_m=64, block_n=128, num_warps=8, num_stages=2),
-    Tiles((80,), True, False, 65, block_m=32, block_n=64, num_warps=4, num_stages=2),
-    Tiles((80,), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=1),
-    Tiles((90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
-    Tiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((90, 100), True, False, 65, block_m=64, block_n=128, num_warps=8, num_stages=2),
+    AttentionTiles((80,), True, False, 65, block_m=32, block_n=64, num_warps=4, num_stages=2),
+    AttentionTiles((80,), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=1),
+    AttentionTiles((90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
+    AttentionTiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
 )
 DBIAS_TILES = (
-    Tiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
-    Tiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
+    AttentionTiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
 )
 PROGRAMS = 264  # dbias is split over the samples until there are about as many: two per multiprocessor of an H100
 

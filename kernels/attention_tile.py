@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arch import arch_of
 from .splitmix import splitmix64
+from .tiles import arch_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
-class Tiles:
+class AttentionTiles:
     """Rows of queries and of keys per step of one kernel, for sequences of at least `min_rows` rows."""
 
     archs: tuple[int, ...]  # compute capabilities; 80 serves all that are neither 90 nor 100
@@ -82,7 +82,7 @@ class Call(NamedTuple):
     def num_rows(self) -> int:
         return self.q.shape[2] if self.keep is None else self.keep.shape[-1]
 
-    def tiles_of(self, table: Sequence[Tiles]) -> Tiles:
+    def tiles_of(self, table: Sequence[AttentionTiles]) -> AttentionTiles:
         """The first row of the table that fits; packed sequences take that of the longest."""
         rows = self.num_rows
         if self.cu_seqlens is not None:

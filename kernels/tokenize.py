@@ -11,36 +11,15 @@ memory to the tensor cores' registers as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arch import arch_of
 from .segment_sum import segment_sum, segments
+from .tiles import Tiles, arch_of, choose_tiles
 from .tokenize_patches import Patches, load_patches, pixels
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Block sizes of one kernel: rows and columns of the result, and elements (not words) of the sum per step."""
-
-    archs: tuple[int, ...]  # compute capabilities the row is for; 80 serves all that are neither 90 nor 100
-    half: bool  # bfloat16 and float16 products, else float32
-    words: tuple[int, ...]  # bytes of uint8 video that are read at once
-    min_rows: int  # rows of the output from which on the row is chosen
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def arguments(self) -> dict[str, int]:
-        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
 
 # The first row that fits is taken. Nobody has measured them on a GPU yet: they are guesses that compile without spills.
 # float32 rows are 32 high: from 64 on Triton 3.7 uses TF32 on 100 even where IEEE is asked for. The four planes of a
@@ -62,13 +41,6 @@ BWD_TILES = (
     Tiles((80, 90, 100), False, (1,), 0, block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=2),
 )
 PROGRAMS = 264  # dweight is split over the tokens until there are about as many: two per multiprocessor of an H100
-
-
-def choose_tiles(table: Sequence[Tiles], arch: int, dtype: torch.dtype, word: int, rows: int) -> Tiles:
-    """The first row that fits; one that reads single bytes fits whatever lies at addresses that four divides, too."""
-    half = dtype != torch.float32
-    fits = (tiles for tiles in table if arch in tiles.archs and tiles.half == half and rows >= tiles.min_rows)
-    return next(tiles for tiles in fits if word in tiles.words or 1 in tiles.words)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from vatt_engine.kernels import (
     attention_bwd,
     attention_tile,
     drop_token,
+    nce,
     segment_sum,
     tokenize,
     tokenize_patches,
@@ -178,6 +179,22 @@ def attention_passes() -> Iterator[Launch]:
                 )
 
 
+def nce_tiles() -> Iterator[Launch]:
+    args = integers("num_rows num_columns first_sample") | {"a_ptr": "", "b_ptr": "", "mask_ptr": "*u8:16"}
+    args |= dict.fromkeys(("row_scale_ptr", "column_scale_ptr", "positive_ptr"), "*fp32:16")
+    parts = dict.fromkeys(("row_part_ptr", "column_part_ptr"), "*fp32:16")
+    sums = dict.fromkeys(("row_ptr", "column_ptr", "d_row_ptr", "d_column_ptr", "d_positive_ptr"), "*fp32:16")
+    for tiles in nce.TILES:
+        dtype = "bf16" if tiles.half else "fp32"
+        args |= {"a_ptr": f"*{dtype}:16", "b_ptr": f"*{dtype}:16", "D": 512} | tiles.arguments()
+        for offset, candidates in (("fp32", 1), (None, 5))[0 if tiles.min_rows else 1 :]:
+            args |= {"offset": offset, "P": candidates}
+            label = f"{dtype} {'' if offset else 'no '}offset {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+            yield Launch(nce.nce_stats_kernel, label, args | parts, tiles.archs, tensor_cores=tiles.half)
+            gradient = args | sums | {"g_ptr": f"*{dtype}:16"}
+            yield Launch(nce.nce_grad_kernel, label, gradient, tiles.archs, tensor_cores=tiles.half)
+
+
 LAUNCHES = [
     *attention_passes(),
     *tokenize_fwd(),
@@ -186,6 +203,7 @@ LAUNCHES = [
     *drop_tokens(),
     *sample_keep(),
     *segment_sums(),
+    *nce_tiles(),
 ]
 
 
@@ -279,7 +297,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in (tokenize, attention_tile):
+    for module in (tokenize, nce, attention_tile):
         monkeypatch.setattr(module, "arch_of", lambda device: 90)
     return names
 
@@ -300,6 +318,17 @@ def test_launchers_call_what_compiles(launched):
     for tokens in (8, 10_000):
         drop_token.sample_keep(torch.tensor(1), keep[:, 0], tokens, 4)
     attend()
+    a, b, vector, scale = (
+        torch.zeros(8, 16).bfloat16(),
+        torch.zeros(9, 2, 16).bfloat16(),
+        torch.ones(9),
+        torch.ones(9, 2),
+    )
+    for mask, offset in ((None, 1.0), (torch.ones(9, dtype=torch.uint8), None)):
+        block = (a, b, vector[:8], scale, mask, 1, offset)
+        nce.stats_strip(*block, torch.ones(1, 8), torch.ones(1, 18), torch.ones(8, 2))
+        vectors = (vector[:8], vector, vector[:8])
+        nce.gradient_tile(*block, *vectors, *vectors, torch.ones(8, 18).bfloat16())
     assert {launch.kernel.__name__ for launch in LAUNCHES} == set(launched)
 
 

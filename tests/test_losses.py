@@ -59,15 +59,25 @@ def on_rank() -> dict[str, float]:
                 for form in FORMS:
                     for name in MASKS:
                         errors[f"one batch/{impl}/{n}/{form}/{name}"] = one_batch_error(group, groups[1], form, name)
+    for official, form in OFFICIAL.items():
+        for case in CASES:
+            errors |= golden_errors(groups[2], "ring", official, form, case, "ring")
+    for n, group in groups.items():
+        for form in FORMS:
+            for name in MASKS:
+                errors[f"one batch/ring/{n}/{form}/{name}"] = one_batch_error(group, groups[1], form, name, "ring")
+    errors["ring saves"] = largest_saved_by_a_ring()
     errors["ddp"] = ddp_error(groups[1])
     return errors
 
 
-def golden_errors(group, impl, official, form, case) -> dict[str, float]:
+def golden_errors(group, impl, official, form, case, gather="all") -> dict[str, float]:
     replica, prefix = dist.get_rank(group), f"{official}/{case}"
     inputs = [x[replica].requires_grad_() for x in golden_inputs()]
     mask = golden(f"{prefix}/text_mask")[replica].bool() if case != "none" else None
-    terms = VATTLoss(LossConfig(form=form, average="rank"), group=group)(Embeddings(*inputs), text_mask=mask)
+    terms = VATTLoss(LossConfig(form=form, average="rank", gather=gather), group=group)(
+        Embeddings(*inputs), text_mask=mask
+    )
     errors = {}
     for name, key in (("total", "loss"), ("video_audio", "vidaud"), ("video_text", "vidtxt")):
         want = golden(f"{prefix}/{key}_per_replica")[replica]
@@ -81,7 +91,7 @@ def golden_errors(group, impl, official, form, case) -> dict[str, float]:
     return errors
 
 
-def split_loss(group, mask_name, form):
+def split_loss(group, mask_name, form, gather="all"):
     """This rank's part of one batch of 8 in float64: its rows, the terms, and the gradients as DDP averages them."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
@@ -90,7 +100,7 @@ def split_loss(group, mask_name, form):
     inputs = [x[mine].clone().requires_grad_() for x in (video, audio, video.flip(1), text)]
     text_mask = None if MASKS[mask_name] is None else torch.tensor(MASKS[mask_name]).bool()
     audio_mask = None if text_mask is None else text_mask.flip(0)[mine]
-    config = LossConfig(form=form, learnable_temperature=True, temperature=0.1, video_text_weight=2.0)
+    config = LossConfig(form=form, learnable_temperature=True, temperature=0.1, video_text_weight=2.0, gather=gather)
     loss = VATTLoss(config, group=group).double()
     terms = loss(Embeddings(*inputs), audio_mask=audio_mask, text_mask=None if text_mask is None else text_mask[mine])
     *gradients, d_temperature = torch.autograd.grad(terms.total, [*inputs, loss.log_temperature])
@@ -98,13 +108,27 @@ def split_loss(group, mask_name, form):
     return mine, torch.stack([*terms]).detach(), d_temperature, [gradient / world for gradient in gradients]
 
 
-def one_batch_error(group, alone, form, mask_name) -> float:
+def one_batch_error(group, alone, form, mask_name, gather="all") -> float:
     """The largest difference between `group` with the batch split over it and this process with all of it."""
-    mine, terms, d_temperature, gradients = split_loss(group, mask_name, form)
+    mine, terms, d_temperature, gradients = split_loss(group, mask_name, form, gather)
     _, want_terms, want_d_temperature, want_gradients = split_loss(alone, mask_name, form)
     pairs = [(terms, want_terms), (d_temperature, want_d_temperature)]
     pairs += [(got, want[mine]) for got, want in zip(gradients, want_gradients)]
     return max((got - want).abs().max().item() for got, want in pairs)
+
+
+def largest_saved_by_a_ring() -> int:
+    """Elements of the largest tensor that autograd saves, with 4 rows of 2 candidates of 32 on each of four ranks."""
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.untyped_storage().nbytes() // x.element_size())
+        return x
+
+    inputs = randn(4, 32, seed=1).requires_grad_(), randn(4, 2, 32, seed=2).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        VATTLoss(LossConfig(gather="ring"))(Embeddings(video_text=inputs[0], text_video=inputs[1])).total.backward()
+    return max(sizes)
 
 
 class Towers(nn.Module):
@@ -146,7 +170,7 @@ def errors(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("official", OFFICIAL)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "ring"])
 def test_official_numbers_on_two_ranks(errors, impl, official, case):
     found = {name: e for name, e in errors.items() if name.startswith(f"golden/{impl}/{official}/{case}/")}
     assert len(found) == 7
@@ -156,9 +180,13 @@ def test_official_numbers_on_two_ranks(errors, impl, official, case):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "ring"])
 def test_any_number_of_ranks_is_one_batch(errors, impl, world, form, mask):
     assert errors[f"one batch/{impl}/{world}/{form}/{mask}"] < 1e-13
+
+
+def test_a_ring_holds_no_other_ranks_side(errors):
+    assert errors["ring saves"] == 4 * 2 * 32
 
 
 def test_averaged_parameter_gradients_are_those_of_the_global_loss(errors):
@@ -265,6 +293,7 @@ def test_rejects_a_bad_configuration():
     bad = [
         ({"form": "asym"}, r"LossConfig: form must be one of joint, symmetric, one_way, got 'asym'"),
         ({"average": "mean"}, r"LossConfig: average must be one of global, rank, got 'mean'"),
+        ({"gather": "some"}, r"LossConfig: gather must be one of all, ring, got 'some'"),
         ({"temperature": 0.0}, r"LossConfig: temperature must be positive, got 0.0"),
         ({"temperature": math.nan}, r"LossConfig: temperature must be positive, got nan"),
         ({"temperature": 2.0, "learnable_temperature": True}, r"temperature must be in \[0.01, 1.0\], got 2.0"),

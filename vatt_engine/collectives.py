@@ -9,6 +9,8 @@ All ranks must make the same calls, in the same order, with tensors of equal sha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -71,6 +73,31 @@ def all_reduce_max(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """
     x = x.detach()
     return x if world_size(group) == 1 else _reduced(x, dist.ReduceOp.MAX, group)
+
+
+def ring_shift(x: Tensor, group: dist.ProcessGroup | None = None) -> Callable[[], Tensor]:
+    """Begin to send `x` to the next rank; the function returned waits for the one before and gives what it sent.
+
+    Without gradient. `x` must stay as it is until then, and be of one shape on all ranks.
+
+    >>> ring_shift(torch.ones(2))().tolist()
+    [1.0, 1.0]
+    """
+    size, x = world_size(group), x.detach()
+    if size == 1:
+        return lambda: x
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    onwards = dist.P2POp(dist.isend, sent, ranks[(rank(group) + 1) % size], group)
+    arriving = dist.P2POp(dist.irecv, received, ranks[(rank(group) - 1) % size], group)
+    requests = dist.batch_isend_irecv([onwards, arriving])
+
+    def wait() -> Tensor:
+        for request in requests:
+            request.wait()
+        return received
+
+    return wait
 
 
 def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:

@@ -93,7 +93,8 @@ def wgmma_missing() -> str | None:
 
 
 @functools.cache
-def _load(target: str) -> Callable[..., Any]:
+def load(target: str) -> Callable[..., Any]:
+    """The function of "module:function"; for kernels whose loops stand in the op's own files."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
 
@@ -114,7 +115,7 @@ def _pick(stem: str, op: str, args: Sequence[Any]) -> Callable[..., Any]:
             _warn_once(stem, impl.name, reason)
         reason = reason or impl.refuses(*args)
         if reason is None:
-            return impl.target if callable(impl.target) else _load(impl.target)
+            return impl.target if callable(impl.target) else load(impl.target)
         reasons.append(f"{impl.name}: {reason}")
     wanted = f"implementation {forced!r}" if forced else "implementation"
     raise RuntimeError(f"{stem}: no {wanted} of {op} on {device} ({'; '.join(reasons) or 'it has none'}).")

@@ -6,11 +6,13 @@ This mean is the official code's; the paper adds the terms, NCE + lambda MIL-NCE
 
 Every rank computes one block of similarities, its own videos against the other side of all ranks, and from it complete
 row statistics and partial column statistics; the columns' are merged over ranks as (maximum, sum). So there is one
-gather of embeddings per pair, one reduce-scatter of their gradient, and vectors otherwise.
+gather of embeddings per pair, in their own dtype, one reduce-scatter of their gradient, and vectors otherwise. Where
+memory is short the other side travels around the ranks instead, block by block (gather="ring").
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from vatt_engine.batch import Embeddings
-from vatt_engine.collectives import all_gather, all_reduce_max, all_reduce_sum, rank, world_size
-from vatt_engine.ops.nce import FORMS, check_pair, nce_statistics, sample_losses
+from vatt_engine.collectives import all_gather, all_reduce_max, all_reduce_sum, rank, ring_shift, world_size
+from vatt_engine.ops.nce import FORMS, Ring, check_pair, nce_statistics, sample_losses
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1.0  # bounds of a learnable one
 
@@ -37,6 +39,8 @@ class LossConfig:
         video_audio_weight, video_text_weight: weights of the terms; a pair of weight 0 is not computed.
         average: "global" divides by the number of valid samples of all ranks, and equals one big batch for any number
             of ranks; "rank" is the official mean over the valid samples of each replica, 0 if it has none.
+        gather: "all" brings the other side of all ranks to each; "ring" passes it around, so that a rank never holds
+            more than two ranks' part, in exchange for as many messages as ranks, and no torch.compile.
 
     Raises:
         ValueError: a value is outside its range.
@@ -51,9 +55,10 @@ class LossConfig:
     video_audio_weight: float = 1.0
     video_text_weight: float = 1.0
     average: Literal["global", "rank"] = "global"
+    gather: Literal["all", "ring"] = "all"
 
     def __post_init__(self) -> None:
-        for name, known in (("form", FORMS), ("average", ("global", "rank"))):
+        for name, known in (("form", FORMS), ("average", ("global", "rank")), ("gather", ("all", "ring"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"LossConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if not 0 < self.temperature < math.inf:
@@ -155,12 +160,16 @@ class VATTLoss(nn.Module):
         """[sum of the losses of this rank's samples, how many of them are valid]; a [B, D], b [B, P, D]."""
         first = rank(self.group) * len(a)
         mask_all = None if mask is None else all_gather(mask, self.group)
-        b_all = all_gather(b, self.group)
-        row, column, positive = nce_statistics(a, b_all, self.temperature(), column_mask=mask_all, first_sample=first)
+        if self.config.gather == "ring":
+            shift = functools.partial(ring_shift, group=self.group)
+            ring = Ring(first, rank(self.group), world_size(self.group), shift)
+        else:
+            b, ring = all_gather(b, self.group), Ring(first)
+        row, column, positive = nce_statistics(a, b, self.temperature(), column_mask=mask_all, ring=ring)
         if self.config.form != "one_way" and world_size(self.group) > 1:
             column = self._merge(column)
         losses = sample_losses(self.config.form, row, column[first : first + len(a)], positive, mask)
-        num_valid = losses.new_tensor(len(a)) if mask is None else mask.sum().to(losses)
+        num_valid = losses.new_full((), len(a)) if mask is None else mask.sum().to(losses)
         return torch.stack([losses.sum(), num_valid])
 
     def _merge(self, column: Tensor) -> Tensor:

@@ -203,29 +203,20 @@ def cuobjdump():
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_products_run_in_the_background(tmp_path):
+@pytest.mark.parametrize(("source", "count"), [("tokenize_sm90", 8), ("nce_sm90", 4)])
+def test_products_run_in_the_background(tmp_path, source, count):
     """HGMMA in the machine code, and ptxas has not put a wait behind each because it could not follow the registers."""
-    target = tmp_path / "tokenize_sm90.cubin"
-    command = [
-        NVCC,
-        "-std=c++17",
-        "-O3",
-        "-Xptxas=-v",
-        "-arch=sm_90a",
-        "-cubin",
-        CSRC / "tokenize_sm90.cu",
-        "-o",
-        target,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
+    target = tmp_path / f"{source}.cubin"
+    options = ["-std=c++17", "-O3", "-Xptxas=-v", "-arch=sm_90a", "-cubin"]
+    run = subprocess.run([NVCC, *options, CSRC / f"{source}.cu", "-o", target], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Potential Performance Loss" not in run.stderr
     assert "injected" not in run.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    assert spills == [("0", "0")] * 8
+    assert spills == [("0", "0")] * count
     code = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
     kernels = code.split("Function : ")[1:]
-    assert len(kernels) == 8
+    assert len(kernels) == count
     for kernel in kernels:
         products = re.findall(r"HGMMA\.64x256x16\.F32[^;]*", kernel)
         assert len(products) == 4, kernel.splitlines()[0]

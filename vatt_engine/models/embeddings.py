@@ -13,7 +13,7 @@ from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import AudioConfig, DropTokenConfig, PatchInit, PositionConfig, VideoConfig
 from vatt_engine.models.spectrogram import mel_spectrogram
-from vatt_engine.models.transformer import layer_norm
+from vatt_engine.models.transformer import Seed, layer_norm
 
 
 class VoxelPatch(nn.Module):
@@ -191,7 +191,7 @@ class PatchStem(nn.Module):
         self.drop_token: DropTokenConfig = config.drop_token
         self.num_buckets = torch.Size(config.grid).numel()
 
-    def sample_keep(self, num_tokens: int, x: Tensor, seed: int | Tensor | None, sample_id: Tensor | None) -> Tensor | None:
+    def sample_keep(self, num_tokens: int, x: Tensor, seed: Seed, sample_id: Tensor | None) -> Tensor | None:
         """The positions this step trains on, or None for all: all in evaluation, and at keep_rate 1.
 
         The count comes from the tables' size, not from the input's, as in the official code.
@@ -210,7 +210,7 @@ class PatchStem(nn.Module):
             return None
         return torch.arange(x.shape[0], device=x.device) if sample_id is None else sample_id
 
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal -> [B, 1 + K, D], AGG at 0."""
         x, grid = self.patch.prepare(x)
         keep = self.sample_keep(torch.Size(grid).numel(), x, seed, sample_id)

@@ -15,6 +15,7 @@ from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import TransformerConfig
 
+Seed = int | Tensor | None  # of DropToken; a tensor is int64 of one element; None draws one from torch's generator
 EPS = 1e-6  # of every norm in the official code
 
 
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
             x = layer(x, None if biases is None else biases[index], key_mask, cu_seqlens)
         return self.dropout(self.final_norm(x))
 
-    def forward_dropping(self, x: Tensor, *, seed: int | Tensor | None, sample_id: Tensor | None) -> Tensor:
+    def forward_dropping(self, x: Tensor, *, seed: Seed, sample_id: Tensor | None) -> Tensor:
         """`forward` with progressive DropToken in training: [B, N, D] -> [B, K, D], AGG at 0.
 
         A layer's tokens are gathered before it: its projections then see no others, which costs less than to have

@@ -12,7 +12,7 @@ from vatt_engine.models.config import AudioConfig, EncoderConfig, TextConfig, VA
 from vatt_engine.models.embeddings import PatchStem
 from vatt_engine.models.heads import Classifier, FactorizedHeads, JointHeads
 from vatt_engine.models.text import LinearTextEncoder, TextEncoder, WordStem, word_mask
-from vatt_engine.models.transformer import Transformer
+from vatt_engine.models.transformer import Seed, Transformer
 
 MODALITIES = ("video", "audio", "text")
 # The largest batch whose modalities the modality-agnostic backbone runs packed, by device: benchmarks/bench_packed.py,
@@ -31,7 +31,7 @@ class PatchEncoder(nn.Module):
         self.post_projection = init.linear(dim, config.post_projection) if config.post_projection else None
         self.out_dim = config.post_projection or dim
 
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal (video [B, T, H, W, 3], wave [B, L]) -> tokens [B, 1 + K, D], the pooled AGG at 0."""
         ids = self.stem.drawn_by(x, sample_id)
         x = self.transformer.forward_dropping(self.stem(x, seed=seed, sample_id=sample_id), seed=seed, sample_id=ids)
@@ -61,7 +61,7 @@ class AgnosticBackbone(nn.Module):
         self.post_projections = nn.ModuleDict({m: init.linear(dim, config.shared_projection) for m in MODALITIES})
         self.out_dim = config.shared_projection
 
-    def forward(self, modality: str, x: Tensor, *, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def forward(self, modality: str, x: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal or word ids [S, W] of `modality` -> tokens [B, 1 + K, D], the pooled AGG at 0."""
         return self._project(modality, self._encode(modality, x, seed, sample_id))
 
@@ -69,7 +69,7 @@ class AgnosticBackbone(nn.Module):
         self,
         signals: dict[str, Tensor],
         *,
-        seeds: dict[str, int | Tensor | None],
+        seeds: dict[str, Seed],
         sample_id: Tensor | None = None,
         packed: bool = False,
     ) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class AgnosticBackbone(nn.Module):
     def _project(self, modality: str, x: Tensor) -> Tensor:
         return F.gelu(self.post_projections[modality](x))
 
-    def _encode(self, modality: str, x: Tensor, seed: int | Tensor | None, sample_id: Tensor | None) -> Tensor:
+    def _encode(self, modality: str, x: Tensor, seed: Seed, sample_id: Tensor | None) -> Tensor:
         if modality == "text":
             return self.transformer(self.stems[modality](x), key_mask=word_mask(x))
         stem = self.stems[modality]
@@ -97,7 +97,7 @@ class AgnosticBackbone(nn.Module):
         return self.transformer.forward_dropping(tokens, seed=seed, sample_id=stem.drawn_by(x, sample_id))
 
     def _encode_packed(
-        self, signals: dict[str, Tensor], seeds: dict[str, int | Tensor | None], sample_id: Tensor | None
+        self, signals: dict[str, Tensor], seeds: dict[str, Seed], sample_id: Tensor | None
     ) -> dict[str, Tensor]:
         """AGG's row of every sequence, by modality; text is last, so that its mask covers the last tokens."""
         tokens, starts = {}, [0]
@@ -143,11 +143,11 @@ class VATT(nn.Module):
         """The table of word vectors."""
         return self.backbone.stems["text"].embedding if self.config.backbone == "agnostic" else self.text.embedding
 
-    def encode_video(self, video: Tensor, *, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def encode_video(self, video: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         """Video [B, T, H, W, 3] (uint8, or float in [-1, 1]) -> pooled features [B, D]."""
         return self._pooled("video", video, seed=seed, sample_id=sample_id)
 
-    def encode_audio(self, audio: Tensor, *, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def encode_audio(self, audio: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         """Waveform [B, L] in [-1, 1] -> pooled features [B, D]."""
         return self._pooled("audio", audio, seed=seed, sample_id=sample_id)
 
@@ -155,33 +155,27 @@ class VATT(nn.Module):
         """Word ids [..., W], 0 for padding -> pooled features [..., D]."""
         return self._pooled("text", text.flatten(0, -2)).view(*text.shape[:-1], -1)
 
-    def _pooled(self, modality: str, x: Tensor, seed: int | Tensor | None = None, sample_id: Tensor | None = None) -> Tensor:
+    def _pooled(self, modality: str, x: Tensor, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
         if self.config.backbone == "agnostic":
             return self.backbone.pooled({modality: x}, seeds={modality: seed}, sample_id=sample_id)[modality]
         drop = {} if modality == "text" else {"seed": seed, "sample_id": sample_id}
         return getattr(self, modality)(x, **drop)[:, 0]
 
-    def forward(self, batch: Batch, *, seed: int | Tensor | None = None) -> Embeddings:
+    def forward(self, batch: Batch, *, seed: Seed = None) -> Embeddings:
         """Embed a batch into the common spaces.
 
         Args:
             batch: any of video, audio and text may be None.
-            seed: of DropToken in training, an integer or an int64 tensor of one element (which a CUDA graph reads anew);
-                the modalities draw from different streams of it. By default it is drawn from torch's generator.
+            seed: of DropToken in training, an integer, or an int64 tensor of one element (a CUDA graph reads it anew).
+                The modalities draw from different streams of it. By default it is drawn from torch's generator.
 
         Returns:
             The projections, not normalised, see `Embeddings`.
         """
         streams = {m: None if seed is None else seed * len(MODALITIES) + i for i, m in enumerate(MODALITIES)}
-        features: dict[str, Tensor | None] = dict.fromkeys(MODALITIES)
         if self._packs(batch):
-            signals = {m: x for m in MODALITIES if (x := getattr(batch, m)) is not None}
-            if batch.text is not None:
-                signals["text"] = batch.text.flatten(0, -2)
-            features |= self.backbone.pooled(signals, seeds=streams, sample_id=batch.sample_id, packed=True)
-            if batch.text is not None:
-                features["text"] = features["text"].view(*batch.text.shape[:-1], -1)
-            return self.heads(**features)
+            return self.heads(**self._features_packed(batch, streams))
+        features: dict[str, Tensor | None] = dict.fromkeys(MODALITIES)
         if batch.video is not None:
             features["video"] = self.encode_video(batch.video, seed=streams["video"], sample_id=batch.sample_id)
         if batch.audio is not None:
@@ -189,6 +183,15 @@ class VATT(nn.Module):
         if batch.text is not None:
             features["text"] = self.encode_text(batch.text)
         return self.heads(**features)
+
+    def _features_packed(self, batch: Batch, streams: dict[str, Seed]) -> dict[str, Tensor | None]:
+        signals = {m: x for m in MODALITIES if (x := getattr(batch, m)) is not None}
+        if batch.text is not None:
+            signals["text"] = batch.text.flatten(0, -2)
+        features = self.backbone.pooled(signals, seeds=streams, sample_id=batch.sample_id, packed=True)
+        if batch.text is not None:
+            features["text"] = features["text"].view(*batch.text.shape[:-1], -1)
+        return dict.fromkeys(MODALITIES) | features
 
     def _packs(self, batch: Batch) -> bool:
         """Whether the modalities of this batch go through the backbone together."""

@@ -15,20 +15,8 @@ from torch.nn import functional as F
 from torch.utils import flop_counter
 
 from vatt_engine.dispatch import Impl, define_choice, triton_missing
-from vatt_engine.ops.attention_flash import flash_attention, flash_refuses, split
+from vatt_engine.ops.attention_flash import Options, flash_attention, flash_refuses, split
 from vatt_engine.splitmix import splitmix64
-
-
-class Options(NamedTuple):
-    """What stands beside q, k and v in one call, checked; see `attention`."""
-
-    keep: Tensor | None
-    bias: Tensor | None
-    key_mask: Tensor | None
-    cu_seqlens: tuple[int, ...] | None
-    dropout_p: float
-    seed: Tensor | None
-    scale: float
 
 
 def attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,20 @@ from torch.autograd.function import once_differentiable
 
 from vatt_engine.dispatch import Impl, define_op, triton_missing
 
-if TYPE_CHECKING:
-    from vatt_engine.ops.attention import Options
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 64)
+
+
+class Options(NamedTuple):
+    """What stands beside q, k and v in one call, checked; see `ops.attention`."""
+
+    keep: Tensor | None
+    bias: Tensor | None
+    key_mask: Tensor | None
+    cu_seqlens: tuple[int, ...] | None
+    dropout_p: float
+    seed: Tensor | None
+    scale: float
 
 
 def split(q: Tensor, k: Tensor | None, v: Tensor | None) -> Sequence[Tensor]:

@@ -15,17 +15,41 @@ private ops, nce_stats and nce_grad, which know neither the form nor the ranks; 
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vatt_engine.dispatch import Impl, define_op
+from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing, wgmma_missing
+from vatt_engine.ops.nce_reference import nce_grad_reference, nce_stats_reference
 
 FORMS = ("joint", "symmetric", "one_way")
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
+
+
+def _stay(x: Tensor) -> Callable[[], Tensor]:
+    return lambda: x
+
+
+class Ring(NamedTuple):
+    """Ranks in a circle: `shift` begins to send a tensor to the next one and returns how to wait for the last one's."""
+
+    first_sample: int  # that of this rank's first row
+    rank: int = 0
+    size: int = 1
+    shift: Callable[[Tensor], Callable[[], Tensor]] = _stay
+
+    def samples(self, step: int, rows: int) -> slice:
+        """Of all ranks' samples those whose `rows` of b are here after so many shifts."""
+        owner = (self.rank - step) % self.size
+        return slice(owner * rows, (owner + 1) * rows)
+
+
+_ALONE = Ring(0)
 
 
 class NCEStatistics(NamedTuple):
@@ -51,13 +75,14 @@ def nce(
 
     Returns:
         Scalar in float32 (float64 for float64), 0 if no sample is valid. The B x B matrix is never stored, except by
-        the reference. Half-precision inputs are multiplied and accumulated in float32. Not twice differentiable.
+        the reference. Similarities of half-precision inputs are exact sums in float32. Not twice differentiable.
 
     Raises:
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 4-5; official vatt/utils/train/objectives.py (AsymmetricNCE, SymmetricNCE).
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton,
+        cuda and wgmma (statistics; their gradient is chunked).
 
     >>> x = torch.eye(4)
     >>> nce(x, x, 0.01, form="one_way").item() < 1e-6
@@ -85,7 +110,8 @@ def mil_nce(
         ValueError: shapes, dtypes, the temperature or the form do not fit.
 
     Source: paper eq. 5; Miech et al. 2020; official vatt/utils/train/objectives.py.
-    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix).
+    Implementations: chunked (plain PyTorch by tiles), reference (plain PyTorch, stores the matrix), triton,
+        cuda and wgmma (statistics; their gradient is chunked).
 
     >>> mil_nce(torch.eye(4), torch.eye(4).unsqueeze(1).expand(4, 5, 4), 0.01, form="one_way").item() < 1e-6
     True
@@ -96,30 +122,27 @@ def mil_nce(
 
 
 def nce_statistics(
-    a: Tensor,
-    b: Tensor,
-    temperature: float | Tensor,
-    *,
-    column_mask: Tensor | None = None,
-    first_sample: int = 0,
+    a: Tensor, b: Tensor, temperature: float | Tensor, *, column_mask: Tensor | None = None, ring: Ring = _ALONE
 ) -> NCEStatistics:
     """The three log-sum-exps of one block, differentiable in a, b and the temperature; what `losses` builds on.
 
     Args:
         a: [B, D], the rows of this rank.
-        b: [N, P, D], the candidates of all ranks; row i of a belongs to sample first_sample + i.
+        b: [N, P, D], the candidates of all ranks; or, of a ring of several, this rank's [N / size, P, D]. They travel
+            around it, and in the backward pass once more with their gradients: never more than two blocks are here.
         temperature: positive float or tensor of shape (1,).
         column_mask: [N] bool, False where a sample has no b; None is all valid.
-        first_sample: index of the first row's own sample among the N.
+        ring: which sample the first row belongs to, and the ranks that b travels around.
 
     Returns:
-        NCEStatistics; -inf where nothing is left to sum.
+        NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
     # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
-    # is far from underflow. The value of a tensor is not known here without waiting for its device.
-    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80
+    # is far from underflow. The value of a tensor is not known here without waiting for its device, and without an
+    # offset the gradient of a single sample is exactly 0.
+    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and ring.size * len(b) > 1
     offset = 1 / temperature if fixed else None
-    return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, first_sample, offset))
+    return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, ring, offset))
 
 
 def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
@@ -135,79 +158,42 @@ def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask
     return loss if mask is None else loss.where(mask, 0.0)
 
 
-def nce_stats_reference(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-    first_sample: int,
-    offset: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The meaning of the statistics: all similarities stored, masked ones at -inf."""
-    s, _, _ = _similarities(a, b, row_scale, column_scale, column_mask)
-    own = torch.arange(len(a), device=a.device)
-    return s.flatten(1).logsumexp(1), s.logsumexp((0, 2)), s[own, own + first_sample].logsumexp(1)
-
-
-def nce_grad_reference(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-    first_sample: int,
-    offset: float | None,
-    row: Tensor,
-    column: Tensor,
-    positive: Tensor,
-    d_row: Tensor,
-    d_column: Tensor,
-    d_positive: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The meaning of the gradient: da, db of <d_row, row> + <d_column, column> + <d_positive, positive>, scales fixed.
-
-    Both are returned in the accumulation dtype.
-    """
-    s, x, y = _similarities(a, b, row_scale, column_scale, column_mask)
-    # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
-    row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
-    g = d_row[:, None, None] * (s - row[:, None, None]).exp()
-    g += d_column[:, None] * (s - column[:, None]).exp()
-    own = torch.arange(len(a), device=a.device)
-    g[own, own + first_sample] += d_positive[:, None] * (s[own, own + first_sample] - positive[:, None]).exp()
-    da = torch.einsum("ijp,jpd->id", g, y) * row_scale[:, None]
-    return da, torch.einsum("ijp,id->jpd", g, x) * column_scale[..., None]
-
-
-def _similarities(
-    a: Tensor,
-    b: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor,
-    column_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = a.to(row_scale.dtype) * row_scale[:, None]
-    y = b.to(column_scale.dtype) * column_scale[..., None]
-    s = torch.einsum("id,jpd->ijp", x, y)
-    if column_mask is not None:
-        s = s.masked_fill(~column_mask[:, None], -torch.inf)
-    return s, x, y
-
-
 _SHARED_ARGUMENTS = (
     "Tensor a, Tensor b, Tensor row_scale, Tensor column_scale, Tensor? column_mask, SymInt first_sample, float? offset"
 )
-# benchmarks/bench_nce.py, two CPU cores, forward and backward, from B=1024 on: chunked is 1.02 to 1.45 times as fast as
-# the reference, and 1.2 to 2.6 times as fast as the naive form.
+
+
+def _refuses(dtypes: Sequence[torch.dtype]) -> Callable[..., str | None]:
+    def refuses(a: Tensor, *_: Any) -> str | None:
+        return None if a.dtype in dtypes else f"multiplies {', '.join(map(str, dtypes))}, got {a.dtype}"
+
+    return refuses
+
+
+def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
+    """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
+    tiles = "vatt_engine.ops.nce_chunked"
+    low = (torch.bfloat16, torch.float16)
+    every, cuda = (torch.float32, *low), functools.partial(native_missing, cuda=True)
+    mma, wgmma = ("stats_mma", "stats_wgmma") if name == "stats" else (name, name)
+
+    def fused(impl: str, target: str, missing: Callable[[], str | None], dtypes: Sequence[torch.dtype]) -> Impl:
+        return Impl(impl, "cuda", f"{tiles}:{target}", missing=missing, refuses=_refuses(dtypes), unmeasured=True)
+
+    return [
+        Impl("chunked", "any", f"{tiles}:{name}"),
+        Impl("reference", "any", reference),
+        fused("triton", f"{name}_triton", triton_missing, every),
+        fused("cuda", mma, cuda, every),
+        fused("wgmma", wgmma, wgmma_missing, low),
+    ]
+
+
 _stats = define_op(
     "nce",
     f"nce_stats({_SHARED_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     fake=lambda a, b, row_scale, *_: tuple(row_scale.new_empty(n) for n in (len(a), len(b), len(a))),
-    impls=[
-        Impl("chunked", "any", "vatt_engine.ops.nce_chunked:stats"),
-        Impl("reference", "any", nce_stats_reference),
-    ],
+    impls=_impls("stats", nce_stats_reference),
     flops=lambda a, b, *_, **__: 2 * a.numel() * b[:2].numel(),
 )
 _grad = define_op(
@@ -215,42 +201,75 @@ _grad = define_op(
     f"nce_grad({_SHARED_ARGUMENTS}, Tensor row, Tensor column, Tensor positive, "
     "Tensor d_row, Tensor d_column, Tensor d_positive) -> (Tensor, Tensor)",
     fake=lambda a, b, row_scale, *_: (row_scale.new_empty(a.shape), row_scale.new_empty(b.shape)),
-    impls=[
-        Impl("chunked", "any", "vatt_engine.ops.nce_chunked:grad"),
-        Impl("reference", "any", nce_grad_reference),
-    ],
+    impls=_impls("grad", nce_grad_reference),
     flops=lambda a, b, *_, **__: 6 * a.numel() * b[:2].numel(),  # the similarities once more, and a product per side
 )
 
 
 class _Statistics(torch.autograd.Function):
-    """Normalisation, temperature and the two ops; saves its inputs and vectors only."""
+    """Normalisation, temperature and the two ops, block by block as b comes by; saves its inputs and vectors only."""
 
     @staticmethod
-    def forward(ctx, a, b, temperature, column_mask, first_sample, offset):
+    def forward(ctx, a, b, temperature, column_mask, ring, offset):
         row_scale = 1 / (_norm(a) * temperature)
-        column_scale = 1 / _norm(b)
-        shared = (a, b, row_scale, column_scale, column_mask)
+        row = row_scale.new_full((len(a),), -torch.inf, dtype=torch.float64)
+        column, positive = row_scale.new_empty(ring.size * len(b)), row_scale.new_full((len(a),), -torch.inf)
         with torch.autocast(a.device.type, enabled=False):
-            statistics = _stats(*shared, first_sample, offset)
+            for samples, shared in _blocks(a, b, row_scale, column_mask, ring):
+                row_part, column[samples], own = _stats(*shared, offset)
+                row, positive = torch.logaddexp(row, row_part), torch.maximum(positive, own)
+        row = row.to(row_scale.dtype)
         learnable = isinstance(temperature, Tensor)
-        ctx.save_for_backward(*shared, *statistics, temperature if learnable else None)
-        ctx.first_sample, ctx.offset, ctx.fixed_temperature = first_sample, offset, None if learnable else temperature
-        return statistics
+        ctx.save_for_backward(a, b, column_mask, row, column, positive, temperature if learnable else None)
+        ctx.ring, ctx.offset, ctx.fixed_temperature = ring, offset, None if learnable else temperature
+        return row, column, positive
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *d_statistics):
-        *shared, row, column, positive, temperature = ctx.saved_tensors
-        a, b, row_scale, column_scale = shared[:4]
+    def backward(ctx, d_row, d_column, d_positive):
+        a, b, column_mask, row, column, positive, temperature = ctx.saved_tensors
+        temperature = ctx.fixed_temperature if temperature is None else temperature
+        row_scale = 1 / (_norm(a) * temperature)
+        da = db = None
         with torch.autocast(a.device.type, enabled=False):
-            da, db = _grad(*shared, ctx.first_sample, ctx.offset, row, column, positive, *d_statistics)
-        da, radial = _through_norm(a, da, row_scale * (ctx.fixed_temperature if temperature is None else temperature))
-        db, _ = _through_norm(b, db, column_scale)
-        d_temperature = None
-        if temperature is not None:
-            d_temperature = (-radial.sum() / temperature).to(temperature.dtype)
-        return da.to(a.dtype), db.to(b.dtype), d_temperature, None, None, None
+            for samples, shared in _blocks(a, b, row_scale, column_mask, ctx.ring):
+                vectors = (row, column[samples], positive, d_row, d_column[samples], d_positive)
+                da_part, db_part = _grad(*shared, ctx.offset, *vectors)
+                da = da_part if da is None else da.add_(da_part)
+                db = db_part if db is None else db.add_(db_part)
+                db = ctx.ring.shift(db)()  # along with its block, and at the end to whom it belongs
+        return *_through_norms(a, b, row_scale, 1 / _norm(b), temperature, da, db), None, None, None
+
+
+def _blocks(
+    a: Tensor, b: Tensor, row_scale: Tensor, column_mask: Tensor | None, ring: Ring
+) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Each rank's b as it comes by: its samples, and what both ops share."""
+    for step in range(ring.size):
+        following = ring.shift(b) if step + 1 < ring.size else None  # on its way while this one is worked on
+        samples = ring.samples(step, len(b))
+        mask = None if column_mask is None else column_mask[samples]
+        yield samples, (a, b, row_scale, 1 / _norm(b), mask, ring.first_sample - samples.start)
+        if following is not None:
+            b = following()
+
+
+def _through_norms(
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    temperature: float | Tensor,
+    da: Tensor,
+    db: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients in a, b and a learnable temperature from `da` and `db` at fixed scales."""
+    da, radial = _through_norm(a, da, row_scale * temperature)
+    db, _ = _through_norm(b, db, column_scale)
+    d_temperature = None
+    if isinstance(temperature, Tensor):
+        d_temperature = (-radial.sum() / temperature).to(temperature.dtype)
+    return da.to(a.dtype), db.to(b.dtype), d_temperature
 
 
 def _norm(x: Tensor) -> Tensor:

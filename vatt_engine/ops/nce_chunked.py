@@ -1,25 +1,37 @@
-"""nce_stats and nce_grad by tiles of plain PyTorch, on any device: the similarities are never stored.
+"""nce_stats and nce_grad by tiles, in plain PyTorch on any device or by fused kernels: no similarity is ever stored.
 
-Memory beside the results: one strip of rows and a few tiles, whatever B is. For B rows, M = N P columns and width D the
+Memory beside the results: a scaled copy of both sides and a few tiles. For B rows, M = N P columns and width D the
 statistics cost 2 B M D FLOPs and the gradient 6 B M D: each tile is computed once more and feeds two products.
+
+On a GPU halves are multiplied as they are, summed in float32, and divided by the norms afterwards; the tile of the
+gradient and the scaled copies are rounded to halves for the other two products. A CPU multiplies float32: without
+matrix units for halves that is twice as fast, and more exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
-_ROWS, _COLUMNS = 512, 2048  # of a tile; bench_nce: flat within noise from 256 x 1024 to 1024 x 4096
+from vatt_engine.dispatch import load
+
+# Rows and columns of a tile. CPU: from 512 x 2048 to 2048 x 2048 the products differ by 4 %. GPU, not measured: 4096 x
+# 4096 halves, 32 MB, stay in the 50 MB L2 of an H100 between the kernel that writes them and the two that read them.
+TILE = {"cpu": (1024, 2048), "cuda": (4096, 4096)}
+STRIP = 4096  # rows that a kernel for the statistics has at a time: the sums of their tiles take 128 bytes a column
+CUDA_BLOCK = {"mma": (128, 128), "wgmma": (128, 256)}  # outputs of a block
+KERNELS = "vatt_engine.kernels.nce"
 
 
 class _Tile(NamedTuple):
     rows: slice
     samples: slice
-    x: Tensor  # [r, D], scaled rows of a
-    y: Tensor  # [n P, D], scaled rows of b
     s: Tensor  # [r, n, P], similarities, masked ones at -inf; the next tile overwrites them
 
     def own(self, first_sample: int) -> tuple[slice, Tensor]:
@@ -40,25 +52,107 @@ def stats(
     offset: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row [B], column [N], positive [B]; an `offset` >= every s lets one exp serve the sums of rows and columns."""
-    start = -torch.inf if offset is None else 0.0
-    row, column = row_scale.new_full((len(a),), start), row_scale.new_full((len(b),), start)
-    positive = torch.empty_like(row)
-    for tile in _tiles(a, b, row_scale, column_scale, column_mask):
+    # Vectors are summed in float64: an error of row[i] is one of the whole row's gradient.
+    empty = -torch.inf if offset is None else 0.0
+    row, column = (row_scale.new_full((len(x),), empty, dtype=torch.float64) for x in (a, b))
+    positive = row_scale.new_full((len(a),), -torch.inf)
+    factors = (a, b) if multiplies_halves(a) else _scaled(a, b, row_scale, column_scale)
+    for tile in _tiles(*factors, row_scale, column_scale, column_mask):
         own, similarities = tile.own(first_sample)
         positive[own] = similarities.logsumexp(0)
         if offset is None:
-            row[tile.rows] = torch.logaddexp(row[tile.rows], tile.s.flatten(1).logsumexp(1))
-            column[tile.samples] = torch.logaddexp(column[tile.samples], tile.s.logsumexp(0).logsumexp(-1))
+            row[tile.rows] = torch.logaddexp(row[tile.rows], _logsumexp(tile.s, (1, 2)))
+            column[tile.samples] = torch.logaddexp(column[tile.samples], _logsumexp(tile.s, (0, 2)))
         else:
             e = tile.s.sub_(offset).exp_()
             row[tile.rows] += e.flatten(1).sum(1)
             column[tile.samples] += e.sum(0).sum(-1)
-    if offset is None:
-        return row, column, positive
-    return row.log_().add_(offset), column.log_().add_(offset), positive
+    if offset is not None:
+        row, column = row.log_().add_(offset), column.log_().add_(offset)
+    return row.to(row_scale.dtype), column.to(row_scale.dtype), positive
 
 
-def grad(
+def stats_triton(a: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fused_stats(load(f"{KERNELS}:stats_strip"), load(f"{KERNELS}:block_of")(a), a, *given)
+
+
+def stats_mma(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vatt_engine import _C
+
+    return fused_stats(functools.partial(cuda_strip, _C, "mma"), CUDA_BLOCK["mma"], *given)
+
+
+def stats_wgmma(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from vatt_engine import _C
+
+    return fused_stats(functools.partial(cuda_strip, _C, "wgmma"), CUDA_BLOCK["wgmma"], *given)
+
+
+def cuda_strip(native: ModuleType, path: str, a: Tensor, *given: Any) -> None:
+    stream = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else 0
+    native.nce_stats_cuda(path, *(to_dlpack(x) if isinstance(x, Tensor) else x for x in (a, *given)), stream)
+
+
+def fused_stats(
+    strip: Callable[..., None],
+    block: tuple[int, int],
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    column_mask: Tensor | None,
+    first_sample: int,
+    offset: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`stats` by `strip`, which has all columns of some rows and leaves the sums, or log-sum-exps, of every block."""
+    num_samples, candidates, _ = b.shape
+    a, b, row_scale, column_scale, mask = map(_dense, (a, b, row_scale, column_scale, column_mask))
+    row, empty = row_scale.new_empty(len(a)), -torch.inf if offset is None else 0.0
+    columns = row_scale.new_full((num_samples * candidates,), empty, dtype=torch.float64)
+    positive = row_scale.new_full((len(a), candidates), -torch.inf)
+    for rows in _slices(len(a), STRIP):
+        part = row[rows]
+        row_part = row.new_empty(-(-len(columns) // block[1]), len(part))
+        column_part = row.new_empty(-(-len(part) // block[0]), len(columns))
+        shared = (a[rows], b, row_scale[rows], column_scale, mask, first_sample + rows.start, offset)
+        strip(*shared, row_part, column_part, positive[rows])
+        if offset is None:
+            part.copy_(row_part.double().logsumexp(0))
+            columns = torch.logaddexp(columns, column_part.double().logsumexp(0))
+        else:
+            part.copy_(row_part.double().sum(0).log_().add_(offset))
+            columns += column_part.double().sum(0)
+    columns = columns.view(num_samples, candidates)
+    column = columns.logsumexp(1) if offset is None else columns.sum(1).log_().add_(offset)
+    return row, column.to(row.dtype), positive.logsumexp(1)
+
+
+def grad(*given: Any) -> tuple[Tensor, Tensor]:
+    return add_gradients(_gradient_tiles, *given)
+
+
+def grad_triton(*given: Any) -> tuple[Tensor, Tensor]:
+    return fused_grad(load(f"{KERNELS}:gradient_tile"), *given)
+
+
+def fused_grad(gradient_tile: Callable[..., None], *given: Any) -> tuple[Tensor, Tensor]:
+    """`grad` by `gradient_tile`, which writes G of some rows and samples in the dtype of the products."""
+
+    def tiles(x, y, a, b, row_scale, column_scale, mask, first_sample, offset, row, column, positive, *d):
+        a, b, row_scale, column_scale, mask = map(_dense, (a, b, row_scale, column_scale, mask))
+        for rows, samples, g in _places(x, y, x.dtype):
+            first = first_sample + rows.start - samples.start
+            part = None if mask is None else mask[samples]
+            shared = (a[rows], b[samples], row_scale[rows], column_scale[samples], part)
+            vectors = (row[rows], column[samples], positive[rows], d[0][rows], d[1][samples], d[2][rows])
+            gradient_tile(*shared, first, offset, *vectors, g.flatten(1))
+            yield rows, samples, g.flatten(1)
+
+    return add_gradients(tiles, *given)
+
+
+def add_gradients(
+    tiles: Callable[..., Iterator[tuple[slice, slice, Tensor]]],
     a: Tensor,
     b: Tensor,
     row_scale: Tensor,
@@ -69,17 +163,36 @@ def grad(
     row: Tensor,
     column: Tensor,
     positive: Tensor,
-    d_row: Tensor,
-    d_column: Tensor,
-    d_positive: Tensor,
+    *d: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """da [B, D], db [N, P, D] in the accumulation dtype: the tile of s becomes that of G in place."""
+    """da [B, D], db [N, P, D] in the accumulation dtype: every tile of G times both sides."""
+    half = multiplies_halves(a)
+    x, y = _scaled(a, b, row_scale, column_scale)
     da, db = row_scale.new_zeros(a.shape), row_scale.new_zeros(b.shape)
+    if half:
+        # In this unit |G| <= 3 and most of it is no smaller than float16 can tell; a power of two rounds nothing.
+        unit = torch.stack([each.abs().amax() for each in d]).amax().frexp().exponent
+        d = tuple(each.ldexp(-unit) for each in d)
     # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
     row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
+    d_row, d_column, d_positive = (each.contiguous() for each in d)
     if offset is not None:
         d_row, d_column = d_row * (offset - row).exp(), d_column * (offset - column).exp()
-    for tile in _tiles(a, b, row_scale, column_scale, column_mask):
+    shared = (a, b, row_scale, column_scale, column_mask, first_sample, offset)
+    for rows, samples, g in tiles(x, y, *shared, row, column, positive, d_row, d_column, d_positive):
+        _add_product(da[rows], g, y[samples].flatten(0, 1))
+        _add_product(db[samples].flatten(0, 1), g.t(), x[rows])
+    if half:
+        da, db = da.ldexp_(unit), db.ldexp_(unit)
+    return da.mul_(row_scale[:, None]), db.mul_(column_scale[..., None])
+
+
+def _gradient_tiles(
+    x, y, a, b, row_scale, column_scale, column_mask, first_sample, offset, row, column, positive, *d
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    d_row, d_column, d_positive = d
+    factors = (a, b) if multiplies_halves(a) else (x, y)
+    for tile in _tiles(*factors, row_scale, column_scale, column_mask):
         own, similarities = tile.own(first_sample)
         d_own = (similarities - positive[own]).exp_() * d_positive[own]
         of_row, of_column = (tile.rows, None, None), (tile.samples, None)
@@ -89,26 +202,75 @@ def grad(
         else:
             g = tile.s.sub_(offset).exp_().mul_(d_row[of_row] + d_column[of_column])
         similarities.add_(d_own)  # a view of g by now
-        g = g.flatten(1)
-        da[tile.rows].addmm_(g, tile.y)
-        db[tile.samples].view_as(tile.y).addmm_(g.t(), tile.x)
-    return da.mul_(row_scale[:, None]), db.mul_(column_scale[..., None])
+        yield tile.rows, tile.samples, g.flatten(1).to(x.dtype)
 
 
 def _tiles(
-    a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor, column_mask: Tensor | None
+    x: Tensor, y: Tensor, row_scale: Tensor, column_scale: Tensor, column_mask: Tensor | None
 ) -> Iterator[_Tile]:
-    num_rows, (num_samples, candidates, _) = len(a), b.shape
-    step = max(1, _COLUMNS // candidates)
-    memory = row_scale.new_empty(min(num_rows, _ROWS) * min(num_samples, step) * candidates)
-    for i in range(0, num_rows, _ROWS):
-        rows = slice(i, min(i + _ROWS, num_rows))
-        x = a[rows].to(row_scale.dtype) * row_scale[rows, None]
-        for j in range(0, num_samples, step):
-            samples = slice(j, min(j + step, num_samples))
-            y = (b[samples].to(x.dtype) * column_scale[samples, :, None]).flatten(0, 1)
-            s = torch.mm(x, y.t(), out=memory[: len(x) * len(y)].view(len(x), len(y)))
-            s = s.view(len(x), -1, candidates)
-            if column_mask is not None:
-                s.masked_fill_(~column_mask[samples, None], -torch.inf)
-            yield _Tile(rows, samples, x, y, s)
+    """Of halves that are not scaled yet, lest they are rounded before the product; or of scaled floats."""
+    half = multiplies_halves(x)
+    for rows, samples, s in _places(x, y, row_scale.dtype):
+        left, right = x[rows], y[samples].flatten(0, 1).t()
+        if half:
+            torch.mul(half_product(left, right), row_scale[rows, None], out=s.flatten(1))
+            s.mul_(column_scale[samples])
+        else:
+            torch.mm(left, right, out=s.flatten(1))
+        if column_mask is not None:
+            s.masked_fill_(~column_mask[samples, None], -torch.inf)
+        yield _Tile(rows, samples, s)
+
+
+def _places(x: Tensor, y: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The rows and the samples of every tile, and room [r, n, P] for it; it is the same room for all."""
+    candidates = y.shape[1]
+    num_rows, num_columns = TILE["cpu" if x.device.type == "cpu" else "cuda"]
+    step = max(1, num_columns // candidates)
+    room = x.new_empty(min(len(x), num_rows) * min(len(y), step) * candidates, dtype=dtype)
+    for rows in _slices(len(x), num_rows):
+        for samples in _slices(len(y), step):
+            shape = (rows.stop - rows.start, samples.stop - samples.start, candidates)
+            yield rows, samples, room[: shape[0] * shape[1] * candidates].view(shape)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """As kernels take it: contiguous, and bytes for bool."""
+    if x is None:
+        return None
+    return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _logsumexp(s: Tensor, dims: tuple[int, int]) -> Tensor:
+    """In float64, of sums in the dtype of s."""
+    largest = s.amax(dims, keepdim=True)
+    largest = largest.where(largest > -torch.inf, 0.0)
+    return (s - largest).exp_().sum(dims).double().log_().add_(largest.view(-1))
+
+
+def multiplies_halves(a: Tensor) -> bool:
+    """Whether the products are of halves, summed in float32."""
+    return a.dtype in (torch.bfloat16, torch.float16) and a.device.type == "cuda"
+
+
+def half_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of halves in float32, which torch knows on GPUs only."""
+    return torch.mm(x, y, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x @ y. addmm takes no halves for a float32 total in every version of torch that we support."""
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
+    else:
+        total += half_product(x, y)
+
+
+def _scaled(a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides times their scales, in the dtype of the products."""
+    x, y = a * row_scale[:, None], b * column_scale[..., None]
+    return (x.to(a.dtype), y.to(b.dtype)) if multiplies_halves(a) else (x, y)

@@ -23,27 +23,23 @@ from vatt_engine.testing import randn
 
 def block_inputs(shape, dtype, device):
     """Parameters are inputs, so that their gradients are made and compared; no dropout, whose masks would differ."""
-    block = block_of(shape, device).to(dtype)
-    given = {name: p.detach().requires_grad_() for name, p in block.named_parameters()}
-    return {"x": randn(shape.batch, shape.tokens, shape.dim, dtype=dtype, device=device).requires_grad_()} | given
-
-
-@functools.cache
-def block_of(shape, device):
     torch.manual_seed(0)
-    config = TransformerConfig(dim=shape.dim, ff_dim=shape.ff_dim, num_heads=shape.heads, dropout=0.0)
-    return Block(config).to(device)
+    block = Block(TransformerConfig(dim=shape.dim, ff_dim=shape.ff_dim, num_heads=shape.heads, dropout=0.0))
+    block = block.to(device, dtype)
+    parameters = {name: p.detach().requires_grad_() for name, p in block.named_parameters()}
+    x = randn(shape.batch, shape.tokens, shape.dim, dtype=dtype, device=device).requires_grad_()
+    return {"x": x, "block": block} | parameters
 
 
-def eager(shape, x, **parameters):
-    return torch.func.functional_call(block_of(shape, x.device), parameters, (x,))
+def eager(_shape, x, block, **parameters):
+    return torch.func.functional_call(block, parameters, (x,))
 
 
-def gathered_first(shape, x, **parameters):
-    return eager(shape, drop_token(x, kept_rows(shape, x.device)), **parameters)
+def gathered_first(shape, x, block, **parameters):
+    return eager(shape, drop_token(x, kept_rows(shape, x.device)), block, **parameters)
 
 
-def through_the_index(shape, x, **parameters):
+def through_the_index(shape, x, block, **parameters):
     """q, k and v of all tokens; attention reads the rows that stay, the residual is gathered."""
     keep, weight = kept_rows(shape, x.device), parameters
     norm = F.layer_norm(x, (shape.dim,), weight["attention_norm.weight"], weight["attention_norm.bias"], 1e-6)
@@ -120,7 +116,11 @@ def check_packed(bench, case, given):
     exact = results(first, copy.deepcopy(given["backbone"]).double(), in_double(given["signals"]), torch.float64)
     checked = Checked({}, {}, {})
     for name, function in bench.rivals.items():
-        assert_close(names, results(function, **given), exact)
+        try:
+            assert_close(names, results(function, **given), exact)
+        except AssertionError as error:
+            checked.failed[name] = str(error)
+            continue
         checked.calls[name] = one_pass(function, SHAPES[case.op][case.device][case.shape], given, "step")
     return checked
 
@@ -136,7 +136,7 @@ PACKED = Bench(
     bytes_moved=lambda shape, dtype, _passes: 3 * dtype.itemsize * shape.weights,
     flops=lambda shape, *_: shape.flops,
     passes=("step",),
-    dtypes={"cpu": ("fp32", "bf16"), "cuda": ("bf16",)},
+    dtypes={"cpu": ("fp32",), "cuda": ("bf16",)},  # without units for it a CPU takes four times as long in bf16
 )
 
 

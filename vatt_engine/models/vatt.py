@@ -15,9 +15,9 @@ from vatt_engine.models.text import LinearTextEncoder, TextEncoder, WordStem, wo
 from vatt_engine.models.transformer import Seed, Transformer
 
 MODALITIES = ("video", "audio", "text")
-# The largest batch whose modalities the modality-agnostic backbone runs packed, by device: benchmarks/bench_packed.py,
-# docs/ops/attention.md. No GPU has measured it.
-PACKED_UP_TO = {"cpu": 0, "cuda": 0}
+# The largest batch whose modalities the modality-agnostic backbone runs packed, by device, as measured by
+# benchmarks/bench_transformer.py (table in docs/ops/attention.md). No GPU has measured it.
+PACKED_UP_TO = {"cpu": 2, "cuda": 0}
 
 
 class PatchEncoder(nn.Module):

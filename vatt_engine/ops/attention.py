@@ -71,6 +71,8 @@ def attention(
     _check_options(rows, keep, bias, key_mask, cu_seqlens, dropout_p)
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=q.device)
+    elif seed is not None:
+        seed = seed.to(q.device, torch.int64).reshape(())
     if key_mask is not None and keep is not None:
         key_mask = key_mask[:, keep] if keep.ndim == 1 else key_mask.gather(1, keep)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -233,8 +235,8 @@ def _check_packing(
     if keep is not None:
         raise ValueError("attention: keep must be None with cu_seqlens, got a tensor.")
     batch, _, tokens, _, _ = rows
-    if batch != 1:
-        raise ValueError(f"attention: q must have a batch size of 1 with cu_seqlens, got {batch}.")
+    if batch != 1 or tokens == 0:
+        raise ValueError(f"attention: q must have a batch size of 1 and rows with cu_seqlens, got {batch} x {tokens}.")
     ends = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
         raise ValueError(

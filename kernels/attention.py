@@ -6,7 +6,7 @@ the backward pass, +inf for a row that sees nothing (then exp2(s - lse) is 0 the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -125,27 +125,16 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + head * num_rows + start + i, lse, mask=inside)
 
 
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    dropout_p: float,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """q, k, v [B, H, N, D] -> y [B, H, K, D] (rows first in memory), lse [B, H, K] in units of log2."""
-    call = prepare(q, k, v, keep, bias, key_mask, seed, cu_seqlens, dropout_p, scale)
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """q, k, v [B, H, N, D], options as of `prepare` -> y [B, H, K, D] (rows first in memory), lse [B, H, K] of log2."""
+    call = prepare(q, k, v, *options)
     batch, heads, _, dim = q.shape
     out = q.new_empty(batch, call.num_rows, heads, dim)
     lse = q.new_empty(batch, heads, call.num_rows, dtype=torch.float32)
     if out.numel():
         tiles = call.tiles_of(FWD_TILES)
         grid, where = call.grid(tiles.block_m)
-        tail = tail_of(call.num_rows, tiles.block_n, packed=cu_seqlens is not None)
+        tail = tail_of(call.num_rows, tiles.block_n, packed=call.cu_seqlens is not None)
         with torch.cuda.device_of(q):
             attention_fwd_kernel[grid](
                 out_ptr=out, lse_ptr=lse, TAIL=tail, **where, **call.arguments(), **tiles.arguments()

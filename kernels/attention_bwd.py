@@ -9,7 +9,7 @@ same in every run, for seven products in place of the five that one kernel with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -328,30 +328,21 @@ def attention_dbias_kernel(
 
 
 def attention_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens: Sequence[int] | None,
-    dropout_p: float,
-    scale: float,
-    needs_bias: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options_and_needs_bias: Any
 ) -> tuple[Tensor, Tensor]:
-    """grad, out [B, H, K, D] -> dqkv [B, N, 3, H, D], zero in rows that `keep` leaves out; dbias or [0]."""
-    call = prepare(q, k, v, keep, bias, key_mask, seed, cu_seqlens, dropout_p, scale)
+    """grad, out [B, H, K, D], options as of `prepare` -> dqkv [B, N, 3, H, D] and dbias.
+
+    Rows of dqkv that `keep` leaves out are zero; dbias is [0] where nobody needs it.
+    """
+    *options, needs_bias = options_and_needs_bias
+    call = prepare(q, k, v, *options)
     batch, heads, tokens, dim = q.shape
     dqkv = q.new_empty(batch, tokens, 3, heads, dim)
-    if keep is not None:
+    if call.keep is not None:
         dqkv.zero_()
     dbias = q.new_empty(0)
     if call.num_rows * q.numel() == 0:
-        return dqkv, bias.new_zeros(bias.shape) if needs_bias else dbias
+        return dqkv, torch.zeros_like(call.bias) if needs_bias else dbias
     delta = lse.new_empty(lse.shape)
     dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4)
     rows = {
@@ -361,7 +352,7 @@ def attention_bwd(
         **dict(zip(("grad_stride_b", "grad_stride_h", "grad_stride_n"), dq.stride())),
         **call.arguments(),
     }
-    packed = cu_seqlens is not None
+    packed = call.cu_seqlens is not None
     with torch.cuda.device_of(q):
         tiles = call.tiles_of(DQ_TILES)
         grid, where = call.grid(tiles.block_m)

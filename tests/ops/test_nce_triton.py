@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 import triton_interpreter
+from pairwise import pairwise
 
 from vatt_engine.ops import nce_chunked
 from vatt_engine.ops.nce import nce_grad_reference, nce_stats_reference
@@ -27,7 +28,7 @@ OPTIONS = {
     "first_sample": [0, 2, -3],
     "strided": [False, True],
 }
-CASES = triton_interpreter.pairwise(OPTIONS)
+CASES = pairwise(OPTIONS)
 
 
 @pytest.fixture(autouse=True)

@@ -117,9 +117,12 @@ def test_models_take_it(tower):
     [
         (
             lambda: TransformerConfig(keep_rates=(0.5,)),
-            r"keep_rates must hold no or 12 numbers, one per layer, got \(0.5",
+            r"keep_rates must be \(\) or 12 numbers in \(0, 1\], one per layer, got \(0.5",
         ),
-        (lambda: TransformerConfig(num_layers=1, keep_rates=(0.0,)), r"keep_rates must hold numbers in \(0, 1\]"),
+        (
+            lambda: TransformerConfig(num_layers=1, keep_rates=(0.0,)),
+            r"keep_rates must be \(\) or 1 numbers in \(0, 1\]",
+        ),
         (
             lambda: TextConfig(transformer=TransformerConfig(num_layers=1, keep_rates=(0.5,))),
             "text.transformer.keep_rates",

@@ -44,11 +44,10 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _check_least(self, "transformer", num_layers=1, dim=1, ff_dim=1, num_heads=1, head_dim=1)
         _check(0.0 <= self.dropout < 1.0, "transformer.dropout", "be in [0, 1)", self.dropout)
-        layers, rates = self.num_layers, self.keep_rates
-        _check(
-            len(rates) in (0, layers), "transformer.keep_rates", f"hold no or {layers} numbers, one per layer", rates
-        )
-        _check(all(0.0 < rate <= 1.0 for rate in rates), "transformer.keep_rates", "hold numbers in (0, 1]", rates)
+        rates = self.keep_rates
+        held = len(rates) in (0, self.num_layers) and all(0.0 < rate <= 1.0 for rate in rates)
+        expected = f"be () or {self.num_layers} numbers in (0, 1], one per layer"
+        _check(held, "transformer.keep_rates", expected, rates)
 
 
 @dataclass(frozen=True, kw_only=True)

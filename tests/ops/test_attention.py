@@ -155,7 +155,7 @@ Q = torch.zeros(1, 2, 4, 8)
         ({"cu_seqlens": []}, "cu_seqlens must ascend from 0 to 4, got"),
         (
             {n: torch.zeros(2, 2, 4, 8) for n in "qkv"} | {"cu_seqlens": [0, 4]},
-            "batch size of 1 with cu_seqlens, got 2",
+            "batch size of 1 and rows with cu_seqlens, got 2 x 4",
         ),
     ],
 )

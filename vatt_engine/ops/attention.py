@@ -175,8 +175,11 @@ class _Run(NamedTuple):
 
 def _runs(cu_seqlens: tuple[int, ...], first_masked: int) -> list[_Run]:
     runs: list[_Run] = []
+    masked = False
     for start, end in pairwise(cu_seqlens):
-        run = _Run(1, end - start, start >= first_masked)
+        if start >= first_masked:  # under torch.compile a guard; two comparisons of symbols could not be compared
+            masked = True
+        run = _Run(1, end - start, masked)
         if runs and runs[-1][1:] == run[1:]:
             run = _Run(runs.pop().count + 1, *run[1:])
         if run.length > 0:

@@ -21,12 +21,6 @@ namespace vatt {
 #if VATT_HAS_CUDA
 namespace {
 
-#ifdef VATT_EMULATE
-constexpr int kDevice = kDLCPU;  // tests run the kernels there
-#else
-constexpr int kDevice = kDLCUDA;
-#endif
-
 // Implementations that can be asked for by name.
 struct Path {
   const char* name;
@@ -40,17 +34,16 @@ constexpr Path kPaths[] = {
     {"wgmma", nce_stats_wgmma, kNceWgmmaColumns, false},
 };
 
-// The memory of a contiguous tensor of this dtype and shape on `device`.
+// The memory of a contiguous tensor of this dtype and shape on the device of `like`.
 void* checked(const char* name, const TensorView& tensor, DType dtype, std::initializer_list<int64_t> shape,
-              const DLDevice& device) {
+              const TensorView& like) {
   std::string wanted;
   for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   const bool shaped = tensor.dtype == dtype && tensor.ndim == static_cast<int>(shape.size()) &&
                       std::equal(shape.begin(), shape.end(), tensor.shape.begin()) && tensor.is_contiguous();
   VATT_CHECK(shaped, "nce: " << name << " must be contiguous [" << wanted << "] of its dtype, got shape "
                              << tensor.shape_text() << ".");
-  VATT_CHECK(tensor.device.device_type == device.device_type && tensor.device.device_id == device.device_id,
-             "nce: " << name << " must be on the device of a, got another.");
+  VATT_CHECK(same_device(tensor, like), "nce: " << name << " must be on the device of a, got another.");
   return tensor.data;
 }
 
@@ -60,7 +53,7 @@ void stats(const std::string& name, const TensorView& a, const TensorView& b, co
            const TensorView& positive, uintptr_t stream) {
   const auto* path = std::find_if(std::begin(kPaths), std::end(kPaths), [&](const Path& p) { return name == p.name; });
   VATT_CHECK(path != std::end(kPaths), "nce: path must be one of this module's, got " << name << ".");
-  VATT_CHECK(a.device.device_type == kDevice,
+  VATT_CHECK(a.device.device_type == kKernelDevice,
              "nce: a must be on cuda, got DLPack device type " << a.device.device_type << ".");
   VATT_CHECK(a.is_float() && (path->float32 || a.dtype != DType::kFloat) && a.ndim == 2 && b.ndim == 3 && !a.is_empty(),
              "nce: a must be a matrix of floats that " << name << " multiplies, got shape " << a.shape_text() << ".");
@@ -68,9 +61,7 @@ void stats(const std::string& name, const TensorView& a, const TensorView& b, co
   p.rows = a.shape[0], p.dim = a.shape[1], p.candidates = b.shape[1], p.columns = b.shape[0] * b.shape[1];
   VATT_CHECK(!b.is_empty() && p.dim < (1 << 24), "nce: b must have rows, got shape " << b.shape_text() << ".");
   const auto given = [&](const char* which, const TensorView& tensor, DType dtype,
-                         std::initializer_list<int64_t> shape) {
-    return checked(which, tensor, dtype, shape, a.device);
-  };
+                         std::initializer_list<int64_t> shape) { return checked(which, tensor, dtype, shape, a); };
   const auto floats = [&](const char* which, const TensorView& tensor, std::initializer_list<int64_t> shape) {
     return static_cast<float*>(given(which, tensor, DType::kFloat, shape));
   };

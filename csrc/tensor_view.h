@@ -15,6 +15,12 @@
 
 namespace vatt {
 
+#ifdef VATT_EMULATE
+constexpr int kKernelDevice = kDLCPU;  // tests run the CUDA kernels there
+#else
+constexpr int kKernelDevice = kDLCUDA;
+#endif
+
 struct TensorView {
   static constexpr int kMaxDims = 8;
 
@@ -79,6 +85,10 @@ struct TensorView {
     return DType::kOther;
   }
 };
+
+inline bool same_device(const TensorView& a, const TensorView& b) {
+  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
+}
 
 }  // namespace vatt
 

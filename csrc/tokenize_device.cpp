@@ -23,12 +23,6 @@ namespace vatt {
 #if VATT_HAS_CUDA
 namespace {
 
-#ifdef VATT_EMULATE
-constexpr int kDevice = kDLCPU;  // tests run the kernels there
-#else
-constexpr int kDevice = kDLCUDA;
-#endif
-
 using Optional = std::optional<TensorView>;
 
 // Implementations that can be asked for by name.
@@ -75,7 +69,7 @@ float* floats(const char* name, const Optional& tensor, std::initializer_list<in
 
 TokenizeRows rows_of(const TensorView& video, const Optional& keep, const Optional& crop, const Optional& flip,
                      const std::array<int64_t, 2>& size, const std::array<int64_t, 3>& patch, bool agg) {
-  VATT_CHECK(video.device.device_type == kDevice,
+  VATT_CHECK(video.device.device_type == kKernelDevice,
              "tokenize: video must be on cuda, got DLPack device type " << video.device.device_type << ".");
   for (const Optional* other : {&keep, &crop, &flip}) {
     VATT_CHECK(!*other || same_device(**other, video),

@@ -62,8 +62,4 @@ inline PatchParams patch_params(const TensorView& video, const std::optional<Ten
   return p;
 }
 
-inline bool same_device(const TensorView& a, const TensorView& b) {
-  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
-}
-
 }  // namespace vatt

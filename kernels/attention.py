@@ -46,11 +46,7 @@ def attention_fwd_kernel(
     stride_h,
     stride_n,
     keep_stride_b,
-    keep_stride_k,
     bias_stride_b,
-    bias_stride_h,
-    bias_stride_i,
-    mask_stride_b,
     mask_first,
     scale,
     threshold,
@@ -67,14 +63,14 @@ def attention_fwd_kernel(
     if keep_ptr is not None:
         keep_ptr += b * keep_stride_b
     if bias_ptr is not None:
-        bias_ptr += b * bias_stride_b + h * bias_stride_h
+        bias_ptr += b * bias_stride_b + h * num_rows * num_rows
     if mask_ptr is not None:
-        mask_ptr += b * mask_stride_b
+        mask_ptr += b * num_rows
     dtype: tl.constexpr = v_ptr.dtype.element_ty
 
     i = first + tl.arange(0, BLOCK_M)
     inside = i < length
-    q = load_rows(q_ptr + at, positions(keep_ptr, keep_stride_k, i, length, num_tokens), stride_n, inside, D, True)
+    q = load_rows(q_ptr + at, positions(keep_ptr, i, length, num_tokens), stride_n, inside, D, True)
     if seed_ptr is not None:
         low, high = row_keys(seed_ptr, head, start + i)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -88,7 +84,7 @@ def attention_fwd_kernel(
                 0 if last == 0 else whole, whole if last == 0 else length, TAIL if last == 1 else BLOCK_N
             ):
                 j = j_first + tl.arange(0, TAIL if last == 1 else BLOCK_N)
-                key = positions(keep_ptr, keep_stride_k, j, length, num_tokens)
+                key = positions(keep_ptr, j, length, num_tokens)
                 k = load_rows(k_ptr + at, key, stride_n, j < length, D, last == 1)
                 v = load_rows(v_ptr + at, key, stride_n, j < length, D, last == 1)
                 product = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -100,7 +96,7 @@ def attention_fwd_kernel(
                     start,
                     length,
                     bias_ptr,
-                    bias_stride_i,
+                    num_rows,
                     mask_ptr,
                     mask_first,
                     last == 1,

@@ -39,9 +39,9 @@ DQ_TILES = (
 DKV_TILES = (
     AttentionTiles((90, 100), True, False, 65, block_m=64, block_n=128, num_warps=8, num_stages=2),
     AttentionTiles((80,), True, False, 65, block_m=32, block_n=64, num_warps=4, num_stages=2),
-    AttentionTiles((80,), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=1),
-    AttentionTiles((90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
-    AttentionTiles((80, 90, 100), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((80, 90), False, True, 0, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionTiles((100,), False, True, 0, block_m=16, block_n=32, num_warps=8, num_stages=1),
 )
 DBIAS_TILES = (
     AttentionTiles((80, 90, 100), True, True, 0, block_m=32, block_n=32, num_warps=4, num_stages=2),
@@ -59,7 +59,7 @@ def attention_dq_kernel(
     dout_ptr,
     lse_ptr,
     delta_ptr,
-    dq_ptr,
+    dqkv_ptr,
     keep_ptr,
     bias_ptr,
     mask_ptr,
@@ -72,15 +72,8 @@ def attention_dq_kernel(
     stride_b,
     stride_h,
     stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
     keep_stride_b,
-    keep_stride_k,
     bias_stride_b,
-    bias_stride_h,
-    bias_stride_i,
-    mask_stride_b,
     mask_first,
     scale,
     threshold,
@@ -90,21 +83,24 @@ def attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """dq of BLOCK_M rows of one head, and their delta for the other kernels; a walk over the keys as in the forward."""
+    """dq of BLOCK_M rows of one head, and their delta for the other kernels; a walk over the keys as in the forward.
+
+    dqkv is [B, tokens, 3, H, D].
+    """
     head, first, start, length = place(tile_ptr, num_tiles, num_rows, BLOCK_M)
     b, h = head // num_heads, head % num_heads
     at = b * stride_b + h * stride_h + start.to(tl.int64) * stride_n
     if keep_ptr is not None:
         keep_ptr += b * keep_stride_b
     if bias_ptr is not None:
-        bias_ptr += b * bias_stride_b + h * bias_stride_h
+        bias_ptr += b * bias_stride_b + h * num_rows * num_rows
     if mask_ptr is not None:
-        mask_ptr += b * mask_stride_b
+        mask_ptr += b * num_rows
     dtype: tl.constexpr = k_ptr.dtype.element_ty
 
     i = first + tl.arange(0, BLOCK_M)
     inside = i < length
-    query = positions(keep_ptr, keep_stride_k, i, length, num_tokens)
+    query = positions(keep_ptr, i, length, num_tokens)
     q = load_rows(q_ptr + at, query, stride_n, inside, D, True)
     row = (b * num_rows + start + i) * num_heads + h
     out = load_rows(out_ptr, row, D, inside, D, True)
@@ -124,7 +120,7 @@ def attention_dq_kernel(
                 0 if last == 0 else whole, whole if last == 0 else length, TAIL if last == 1 else BLOCK_N
             ):
                 j = j_first + tl.arange(0, TAIL if last == 1 else BLOCK_N)
-                key = positions(keep_ptr, keep_stride_k, j, length, num_tokens)
+                key = positions(keep_ptr, j, length, num_tokens)
                 k = load_rows(k_ptr + at, key, stride_n, j < length, D, last == 1)
                 v = load_rows(v_ptr + at, key, stride_n, j < length, D, last == 1)
                 s = scores(
@@ -135,7 +131,7 @@ def attention_dq_kernel(
                     start,
                     length,
                     bias_ptr,
-                    bias_stride_i,
+                    num_rows,
                     mask_ptr,
                     mask_first,
                     last == 1,
@@ -148,9 +144,8 @@ def attention_dq_kernel(
                 ds = p * (dp - delta[:, None])
                 dq = tl.dot(ds.to(dtype), k, dq, input_precision="ieee")
 
-    dq_ptr += b * grad_stride_b + h * grad_stride_h + start.to(tl.int64) * grad_stride_n
-    to = dq_ptr + (query * grad_stride_n)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(to, (dq * scale).to(dtype), mask=inside[:, None])
+    row = ((b * num_tokens + start + query) * 3 * num_heads + h) * D
+    tl.store(dqkv_ptr + row[:, None] + tl.arange(0, D)[None, :], (dq * scale).to(dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -161,8 +156,7 @@ def attention_dkv_kernel(
     dout_ptr,
     lse_ptr,
     delta_ptr,
-    dk_ptr,
-    dv_ptr,
+    dqkv_ptr,
     keep_ptr,
     bias_ptr,
     mask_ptr,
@@ -175,15 +169,8 @@ def attention_dkv_kernel(
     stride_b,
     stride_h,
     stride_n,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_n,
     keep_stride_b,
-    keep_stride_k,
     bias_stride_b,
-    bias_stride_h,
-    bias_stride_i,
-    mask_stride_b,
     mask_first,
     scale,
     threshold,
@@ -200,14 +187,14 @@ def attention_dkv_kernel(
     if keep_ptr is not None:
         keep_ptr += b * keep_stride_b
     if bias_ptr is not None:
-        bias_ptr += b * bias_stride_b + h * bias_stride_h
+        bias_ptr += b * bias_stride_b + h * num_rows * num_rows
     if mask_ptr is not None:
-        mask_ptr += b * mask_stride_b
+        mask_ptr += b * num_rows
     dtype: tl.constexpr = k_ptr.dtype.element_ty
 
     j = first + tl.arange(0, BLOCK_N)
     inside = j < length
-    key = positions(keep_ptr, keep_stride_k, j, length, num_tokens)
+    key = positions(keep_ptr, j, length, num_tokens)
     k = load_rows(k_ptr + at, key, stride_n, inside, D, True)
     v = load_rows(v_ptr + at, key, stride_n, inside, D, True)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
@@ -220,7 +207,7 @@ def attention_dkv_kernel(
                 0 if last == 0 else whole, whole if last == 0 else length, TAIL if last == 1 else BLOCK_M
             ):
                 i = i_first + tl.arange(0, TAIL if last == 1 else BLOCK_M)
-                query = positions(keep_ptr, keep_stride_k, i, length, num_tokens)
+                query = positions(keep_ptr, i, length, num_tokens)
                 row = (b * num_rows + start + i) * num_heads + h
                 q = load_rows(q_ptr + at, query, stride_n, i < length, D, last == 1)
                 dout = load_rows(dout_ptr, row, D, i < length, D, last == 1)
@@ -235,7 +222,7 @@ def attention_dkv_kernel(
                     start,
                     length,
                     bias_ptr,
-                    bias_stride_i,
+                    num_rows,
                     mask_ptr,
                     mask_first,
                     True,  # keys beyond the sequence would be exp2(0 - lse), which may overflow
@@ -252,10 +239,10 @@ def attention_dkv_kernel(
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(dtype), q, dk, input_precision="ieee")
 
-    to = b * grad_stride_b + h * grad_stride_h + start.to(tl.int64) * grad_stride_n
-    to += (key * grad_stride_n)[:, None] + tl.arange(0, D)[None, :]
-    tl.store(dk_ptr + to, (dk * scale).to(dtype), mask=inside[:, None])
-    tl.store(dv_ptr + to, (dv * inverse_keep).to(dtype), mask=inside[:, None])
+    row = (((b * num_tokens + start + key) * 3 + 1) * num_heads + h) * D
+    to = dqkv_ptr + row[:, None] + tl.arange(0, D)[None, :]
+    tl.store(to, (dk * scale).to(dtype), mask=inside[:, None])
+    tl.store(to + num_heads * D, (dv * inverse_keep).to(dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -278,9 +265,6 @@ def attention_dbias_kernel(
     stride_h,
     stride_n,
     bias_stride_b,
-    bias_stride_h,
-    bias_stride_i,
-    mask_stride_b,
     scale,
     threshold,
     inverse_keep,
@@ -311,9 +295,9 @@ def attention_dbias_kernel(
             j[None, :],
             0,
             num_rows,
-            bias_ptr + b * bias_stride_b + h * bias_stride_h,
-            bias_stride_i,
-            None if mask_ptr is None else mask_ptr + b * mask_stride_b,
+            bias_ptr + b * bias_stride_b + h * num_rows * num_rows,
+            num_rows,
+            None if mask_ptr is None else mask_ptr + b * num_rows,
             0,
             True,
         )
@@ -344,25 +328,18 @@ def attention_bwd(
     if call.num_rows * q.numel() == 0:
         return dqkv, torch.zeros_like(call.bias) if needs_bias else dbias
     delta = lse.new_empty(lse.shape)
-    dq, dk, dv = dqkv.permute(2, 0, 3, 1, 4)
-    rows = {
-        "dout_ptr": grad.transpose(1, 2).contiguous(),
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        **dict(zip(("grad_stride_b", "grad_stride_h", "grad_stride_n"), dq.stride())),
-        **call.arguments(),
-    }
+    rows = {"dout_ptr": grad.transpose(1, 2).contiguous(), "lse_ptr": lse, "delta_ptr": delta, **call.arguments()}
     packed = call.cu_seqlens is not None
     with torch.cuda.device_of(q):
         tiles = call.tiles_of(DQ_TILES)
         grid, where = call.grid(tiles.block_m)
         tail = tail_of(call.num_rows, tiles.block_n, packed)
         out = out.transpose(1, 2).contiguous()
-        attention_dq_kernel[grid](out_ptr=out, dq_ptr=dq, TAIL=tail, **where, **rows, **tiles.arguments())
+        attention_dq_kernel[grid](out_ptr=out, dqkv_ptr=dqkv, TAIL=tail, **where, **rows, **tiles.arguments())
         tiles = call.tiles_of(DKV_TILES)
         grid, where = call.grid(tiles.block_n)
         tail = tail_of(call.num_rows, tiles.block_m, packed)
-        attention_dkv_kernel[grid](dk_ptr=dk, dv_ptr=dv, TAIL=tail, **where, **rows, **tiles.arguments())
+        attention_dkv_kernel[grid](dqkv_ptr=dqkv, TAIL=tail, **where, **rows, **tiles.arguments())
         if needs_bias:
             dbias = _bias_gradient(call, rows)
     return dqkv, dbias

@@ -64,7 +64,7 @@ def tile_table(cu_seqlens: tuple[int, ...], block: int, device: torch.device) ->
 class Call(NamedTuple):
     """The arguments of one call of the op, as its kernels take them.
 
-    q, k and v share their strides; `key_mask` covers the last rows and is in the order of `keep`.
+    q, k and v share their strides, all else is contiguous; `key_mask` covers the last rows, in the order of `keep`.
     """
 
     q: Tensor
@@ -107,7 +107,6 @@ class Call(NamedTuple):
         """What all kernels take alike."""
         _, heads, tokens, dim = self.q.shape
         keep, bias, mask = self.keep, self.bias, self.key_mask
-        per_sample = (keep is not None and keep.ndim == 2, bias is not None and bias.ndim == 4)
         strides = dict(zip(("stride_b", "stride_h", "stride_n"), self.q.stride()))
         return strides | {
             "q_ptr": self.q,
@@ -120,12 +119,8 @@ class Call(NamedTuple):
             "num_heads": heads,
             "num_rows": self.num_rows,
             "num_tokens": tokens,
-            "keep_stride_b": keep.stride(0) if per_sample[0] else 0,
-            "keep_stride_k": 0 if keep is None else keep.stride(-1),
-            "bias_stride_b": bias.stride(0) if per_sample[1] else 0,
-            "bias_stride_h": 0 if bias is None else bias.stride(-3),
-            "bias_stride_i": 0 if bias is None else bias.stride(-2),
-            "mask_stride_b": 0 if mask is None else mask.stride(0),
+            "keep_stride_b": self.num_rows if keep is not None and keep.ndim == 2 else 0,
+            "bias_stride_b": heads * self.num_rows**2 if bias is not None and bias.ndim == 4 else 0,
             "mask_first": 0 if mask is None else self.num_rows - mask.shape[1],
             "scale": self.scale,
             "threshold": round(self.dropout_p * 2**31),
@@ -147,14 +142,12 @@ def prepare(
     dropout_p: float,
     scale: float,
 ) -> Call:
-    """Copies only what the kernels cannot read: q, k, v of unlike strides, or an innermost stride that is not 1."""
+    """Copies q, k and v only where their strides are unlike or the innermost is not 1."""
     if not q.stride() == k.stride() == v.stride() or q.stride(3) != 1:
         q, k, v = (x.contiguous() for x in (q, k, v))
-    if bias is not None and bias.stride(-1) != 1:
-        bias = bias.contiguous()
-    mask = None if key_mask is None else key_mask.contiguous()
+    keep, bias, key_mask = (None if x is None else x.contiguous() for x in (keep, bias, key_mask))
     lengths = None if cu_seqlens is None else tuple(cu_seqlens)
-    return Call(q, k, v, keep, bias, mask, seed if dropout_p > 0 else None, lengths, dropout_p, scale)
+    return Call(q, k, v, keep, bias, key_mask, seed if dropout_p > 0 else None, lengths, dropout_p, scale)
 
 
 @triton.jit
@@ -171,11 +164,11 @@ def place(tile_ptr, num_tiles, num_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def positions(keep_ptr, keep_stride, row, length, num_tokens):
+def positions(keep_ptr, row, length, num_tokens):
     """Where rows of the sequence lie among the tokens; one outside the tokens stops the run."""
     at = row.to(tl.int64)
     if keep_ptr is not None:
-        at = tl.load(keep_ptr + at * keep_stride, mask=row < length, other=0)
+        at = tl.load(keep_ptr + at, mask=row < length, other=0)
         tl.device_assert((at >= 0) & (at < num_tokens), "attention: keep must hold positions of tokens")
     return at
 
@@ -190,7 +183,7 @@ def load_rows(ptr, at, stride, inside, D: tl.constexpr, BOUND: tl.constexpr):
 
 
 @triton.jit
-def scores(product, scale, i, j, start, length, bias_ptr, bias_stride_i, mask_ptr, mask_first, BOUND: tl.constexpr):
+def scores(product, scale, i, j, start, length, bias_ptr, num_rows, mask_ptr, mask_first, BOUND: tl.constexpr):
     """log2(e) (scale q k^T + bias), -inf where a key may not be seen; i and j are columns and rows that broadcast.
 
     The mask begins with row `mask_first` of all sequences; keys before it may be seen.
@@ -198,7 +191,7 @@ def scores(product, scale, i, j, start, length, bias_ptr, bias_stride_i, mask_pt
     s = product * (scale * LOG2E)
     if bias_ptr is not None:
         inside = (i < length) & (j < length)
-        s += tl.load(bias_ptr + i.to(tl.int64) * bias_stride_i + j, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        s += tl.load(bias_ptr + i.to(tl.int64) * num_rows + j, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if mask_ptr is not None:
         at = start + j - mask_first
         seen = tl.load(mask_ptr + at, mask=(at >= 0) & (j < length), other=True)

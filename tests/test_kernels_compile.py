@@ -137,7 +137,7 @@ ATTENTION = {
     "dense": {"TAIL": 32},
     "text": {"bias_ptr": "half", "mask_ptr": "*i1:16", "seed_ptr": "*i64:16", "TAIL": 32},
     "packed": {"tile_ptr": "*i32:16", "mask_ptr": "*i1:16", "seed_ptr": "*i64:16"},
-    "keep": {"keep_ptr": "*i64:16", "keep_stride_k": 1, "seed_ptr": "*i64:16", "TAIL": 16} | ASSERTS,
+    "keep": {"keep_ptr": "*i64:16", "seed_ptr": "*i64:16", "TAIL": 16} | ASSERTS,
 }
 ATTENTION_TABLES = {
     attention.attention_fwd_kernel: attention.FWD_TILES,
@@ -153,16 +153,13 @@ def attention_passes() -> Iterator[Launch]:
         "scale": "fp32",
         "inverse_keep": "fp32",
     }
-    strides = {f"{which}stride_{axis}": "i32:16" for which in ("", "grad_") for axis in "bhn"}
-    strides |= integers("keep_stride_b keep_stride_k bias_stride_b bias_stride_h bias_stride_i mask_stride_b")
+    strides = {f"stride_{axis}": "i32:16" for axis in "bhn"} | integers("keep_stride_b bias_stride_b")
     sizes = integers("num_heads num_tiles num_rows num_tokens mask_first threshold batch samples") | {"D": 64}
     for kernel, table in ATTENTION_TABLES.items():
         loops_over_queries = kernel is attention_bwd.attention_dkv_kernel
         for tiles in table:
             half = "bf16" if tiles.half else "fp32"
-            rows = dict.fromkeys(
-                ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dq_ptr", "dk_ptr", "dv_ptr"], f"*{half}:16"
-            )
+            rows = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "dqkv_ptr"], f"*{half}:16")
             whole = {"TAIL": tiles.block_m if loops_over_queries else tiles.block_n}
             for name, options in ATTENTION.items():
                 if (name == "text" and not tiles.bias) or (name != "text" and "dbias" in kernel.__name__):

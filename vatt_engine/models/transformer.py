@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             if rate < 1.0:
                 others = x.shape[1] - 1
                 kept = max(1, int(rate * others))
-                stream = seed + ((index + 1) << 48)  # far from those of the stems
+                stream = seed + ((index + 1) << 48)  # no stem's of this step: theirs are neighbours
                 keep = ops.sample_keep(others, kept, seed=stream, sample_id=sample_id, device=x.device) + 1
                 x = ops.drop_token(x, F.pad(keep, (1, 0)))
             x = layer(x)

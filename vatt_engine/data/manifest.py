@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 KEYS = ("path", "captions", "label")
 CAPTION_KEYS = ("text", "start", "end")
@@ -31,25 +31,46 @@ class Caption:
     end: float
 
 
+class Member(NamedTuple):
+    """A media file as bytes of another: a member of a tar shard, read where it lies."""
+
+    path: Path
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One media file of a manifest.
+    """One media file of a manifest, or a part of it, or a sample of a shard.
 
     Args:
         index: position in the manifest, from 0.
         id: 63-bit hash of the path as the manifest writes it, the same on every machine and in every order.
-        path: the file.
-        captions: in the manifest's order; may be empty.
-        label: class number or name, or None.
+        path: the file; of a shard's sample the shard and the key, `000000.tar/key`, which only names it.
+        captions: in the manifest's order, in seconds of the file; may be empty.
+        label: class number or name, or several class numbers (AudioSet), or None.
         line: line of the manifest, from 1.
+        start, end: seconds of the file that are the sample; None: to the end of the file.
+        video, audio: of a shard's sample, where its tracks lie; None without that track.
+        duration: of a shard's sample, seconds.
     """
 
     index: int
     id: int
     path: Path
     captions: tuple[Caption, ...] = ()
-    label: int | str | None = None
+    label: int | str | tuple[int, ...] | None = None
     line: int = 0
+    start: float = 0.0
+    end: float | None = None
+    video: Member | None = None
+    audio: Member | None = None
+    duration: float | None = None
+
+    @property
+    def in_shard(self) -> bool:
+        """Whether the tracks are members of a tar shard instead of one file at `path`."""
+        return self.video is not None or self.audio is not None
 
 
 def sample_id(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.logging import versions
 from vatt_engine.engine.optim import OptimConfig, build_optimizer, clip_by_global_norm
 from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
+from vatt_engine.engine.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,10 @@ class EngineConfig:
         keep_checkpoints: how many newest checkpoints stay.
         seed: of the weights, DropToken, dropout and the order of the data.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        spike_factor: a loss of this many times the median of the last 100 steps brings the run back to its newest
+            checkpoint, and the data since then is skipped; 0 never does.
         tensorboard: write TensorBoard records too.
+        wandb: log to Weights & Biases too.
     """
 
     steps: int = 500_000
@@ -47,7 +52,9 @@ class EngineConfig:
     keep_checkpoints: int = 3
     seed: int = 0
     device: str = "auto"
+    spike_factor: float = 0.0
     tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "max_skipped": 1, "log_every": 1, "save_every": 1, "keep_checkpoints": 2}
@@ -56,6 +63,8 @@ class EngineConfig:
                 raise ValueError(f"EngineConfig: {name} must be at least {bound}, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
+        if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
+            raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"EngineConfig: precision must be 'fp32' or 'bf16', got {self.precision!r}.")
 
@@ -125,6 +134,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir = config, schedule, run_dir
+        self.writer = None if run_dir is None else CheckpointWriter(run_dir, keep=config.keep_checkpoints)
         self.peak, self.clip_norm = optim.lr, optim.clip_norm
         self.device = config.torch_device()
         self.module = module.to(self.device).train()
@@ -188,8 +198,16 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, **extra: Any) -> Path:
-        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`."""
+    def save(self, *, wait: bool = True, **extra: Any) -> Path | None:
+        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`.
+
+        Returns:
+            Its folder, or None with `wait=False`: it is written in the background, and `writer.news()` tells the rest.
+
+        Raises:
+            OSError: with `wait`, it could not be written; older checkpoints are intact.
+        """
+        writer = self._writer()
         tensors = {name: module.state_dict() for name, module in self.modules.items() if module.state_dict()}
         moments, scalars = self._optimizer_state()
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
@@ -201,7 +219,8 @@ class Engine:
             "extra": extra,
         }
         tensors["optimizer"] = moments
-        return checkpoint.save(self._folder(), self.finished, tensors, state, keep=self.config.keep_checkpoints)
+        writer.save(self.finished, tensors, state)
+        return writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:
         """Continue from the newest valid checkpoint of the run folder; what `save` was given is in `.state["extra"]`.
@@ -209,7 +228,8 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it belongs to another model or optimizer.
         """
-        found = checkpoint.load_latest(self._folder())
+        self._writer().join()
+        found = checkpoint.load_latest(self.run_dir)
         try:
             for name, module in self.modules.items():
                 module.load_state_dict(found.tensors.get(name, {}), strict=True)
@@ -224,10 +244,10 @@ class Engine:
             ) from error
         return found
 
-    def _folder(self) -> Path:
-        if self.run_dir is None:
+    def _writer(self) -> CheckpointWriter:
+        if self.writer is None:
             raise ValueError("Engine: run_dir must be given to save or resume, got None.")
-        return Path(self.run_dir)
+        return self.writer
 
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Moments by `<parameter>/<moment>`, and what is not a tensor."""

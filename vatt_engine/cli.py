@@ -12,14 +12,16 @@ from vatt_engine.schema import ConfigError, nearest
 VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
+    "plot": ("vatt_engine.tasks.plot", "draw what a run has logged"),
+    "convert": ("vatt_engine.tasks.convert", "checkpoints to and from other formats"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved,
-    141 nobody reads the output.
+    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 128 + the signal's number interrupted
+    (Ctrl-C 130, SIGTERM 143, SIGUSR1 138; what training had done is saved), 141 nobody reads the output.
 
     >>> main(["--help"])
     usage: vatt VERB ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine import checkpoint
@@ -21,6 +21,7 @@ from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
 from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
 from vatt_engine.engine.strategies import DDP, Single, Trained, trainable
 from vatt_engine.engine.strategies_zero import Zero
+from vatt_engine.engine.writer import CheckpointWriter
 
 STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
 ZERO_FROM = 300_000_000  # trainable parameters from which "auto" is ZeRO-2: vatt_lbs and vatt_ma_large are above
@@ -46,7 +47,10 @@ class EngineConfig:
         keep_checkpoints: how many newest checkpoints stay.
         seed: of the weights, DropToken, dropout and the order of the data.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        spike_factor: a loss of this many times the median of the last 100 steps brings the run back to its newest
+            checkpoint, and the data since then is skipped; 0 never does.
         tensorboard: write TensorBoard records too.
+        wandb: log to Weights & Biases too.
     """
 
     steps: int = 500_000
@@ -62,7 +66,9 @@ class EngineConfig:
     keep_checkpoints: int = 3
     seed: int = 0
     device: str = "auto"
+    spike_factor: float = 0.0
     tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "max_skipped": 1, "log_every": 1, "save_every": 1, "keep_checkpoints": 2}
@@ -71,6 +77,8 @@ class EngineConfig:
                 raise ValueError(f"EngineConfig: {name} must be at least {bound}, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
+        if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
+            raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"EngineConfig: precision must be 'fp32' or 'bf16', got {self.precision!r}.")
         if self.strategy not in STRATEGIES:
@@ -157,6 +165,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
+        self.writer = None if run_dir is None else CheckpointWriter(run_dir, keep=config.keep_checkpoints)
         self.device = config.torch_device()
         self.module, self.loss = module, loss
         self.trained = Trained(module, loss, autocast=config.precision == "bf16", compiled=config.compile)
@@ -246,17 +255,20 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, **extra: Any) -> Path:
-        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`."""
-        tensors = self.strategy.export_state()
+    def save(self, *, wait: bool = True, **extra: Any) -> Path | None:
+        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`.
+
+        Returns:
+            Its folder, or None with `wait=False`: it is written in the background, and `writer.news()` tells the rest.
+
+        Raises:
+            OSError: with `wait`, it could not be written; older checkpoints are intact.
+        """
+        writer = self._writer()
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
         state = {**counters, "random": random_state(), "versions": versions("vatt_engine", "torch"), "extra": extra}
-        folder = self._folder()
-        if rank() == 0:
-            checkpoint.save(folder, self.finished, tensors, state, keep=self.config.keep_checkpoints)
-        if world_size() > 1:
-            dist.barrier()
-        return folder / "checkpoints" / f"step-{self.finished:08d}"
+        writer.save(self.finished, self.strategy.export_state(), state)
+        return writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:
         """Continue from the newest valid checkpoint of the run folder; what `save` was given is in `.state["extra"]`.
@@ -264,7 +276,8 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it belongs to another model or optimizer.
         """
-        found = checkpoint.load_latest(self._folder())
+        self._writer().join()
+        found = checkpoint.load_latest(self.run_dir)
         try:
             self.strategy.import_state(found.tensors)
             for name in ("finished", "skipped", "skipped_in_a_row"):
@@ -277,10 +290,10 @@ class Engine:
             ) from error
         return found
 
-    def _folder(self) -> Path:
-        if self.run_dir is None:
+    def _writer(self) -> CheckpointWriter:
+        if self.writer is None:
             raise ValueError("Engine: run_dir must be given to save or resume, got None.")
-        return Path(self.run_dir)
+        return self.writer
 
 
 def _strategy(trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vatt_engine.analysis.report import plot_losses
+from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.data.loader import Loader, QuarantineError
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
-from vatt_engine.engine.faults import StopSignals, TrainingStopped
+from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
 from vatt_engine.engine.logging import RunLog, environment, write_text
+from vatt_engine.engine.monitors import memory, spread
+from vatt_engine.engine.peers import Peers, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
@@ -37,10 +39,21 @@ CONFIG is a YAML file or a recipe: {recipes}.
 
 
 class PretrainLoss(VATTLoss):
-    """VATTLoss with the masks of the batch."""
+    """VATTLoss with the masks of the batch; `seen` keeps the embeddings of the last one for the monitors."""
 
     def forward(self, embeddings: Embeddings, batch: Batch) -> LossTerms:
+        masks = {"audio_video": batch.audio_mask, "text_video": batch.text_mask}
+        present = {name: value.detach() for name, value in embeddings._asdict().items() if value is not None}
+        self.seen = {name: (value, masks.get(name)) for name, value in present.items()}
         return super().forward(embeddings, audio_mask=batch.audio_mask, text_mask=batch.text_mask)
+
+    def monitors(self) -> dict[str, float]:
+        """Spread of each embedding that was there, and the temperature."""
+        found = {}
+        for name, (value, mask) in self.seen.items():
+            rows = value if mask is None else value[mask]
+            found |= {f"{name}_{key}": number for key, number in spread(rows).items()} if len(rows) else {}
+        return found | {"temperature": float(self.temperature())}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,17 +92,24 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
         resume: continue from the newest valid checkpoint of `config.out`, bit for bit on one process.
 
     Returns:
-        0, or 130 / 143 when Ctrl-C / SIGTERM ended it, after the step was finished and saved.
+        0, or 130 / 143 / 138 when Ctrl-C / SIGTERM / SIGUSR1 ended it, after the step was finished and saved.
 
     Raises:
         ValueError: the config, the manifest or the run folder cannot be used.
-        TrainingStopped: the loss stayed not finite.
+        TrainingStopped: the loss stayed not finite, another rank died, memory ran out, the end could not be saved.
 
     >>> pretrain(load_config("demo"))  # doctest: +SKIP
     0
     """
     with StopSignals() as stop:
-        return _train(config, resume, stop)
+        try:
+            with Peers():
+                return _train(config, resume, stop)
+        except StopRequested as signal:
+            print(f"{signal}: no step of this start was finished, nothing had to be saved.", file=sys.stderr)
+            return 128 + stop.received
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(f"vatt pretrain: {OUT_OF_MEMORY}") from error
 
 
 def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
@@ -116,8 +136,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
 
     # ------------------------------------------------ training
-    steps, board = config.engine.steps, config.engine.tensorboard
-    with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
+    steps, board, wandb = config.engine.steps, config.engine.tensorboard, config.engine.wandb
+    with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board, wandb=wandb) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
@@ -131,40 +151,92 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
             log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
     if not stopped:
         save_pretrained(model, run_dir / "model", vocabulary=vocabulary)
-    plot_losses(run_dir)
+    plot_run(run_dir)
     return 128 + stop.received if stopped else 0
 
 
 def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, stop: StopSignals) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
-    every, batches = config.engine, iter(loader)
-    window: list[StepOutput] = []
-    clips, waited = 0, 0.0
-    while engine.finished < every.steps and stop.received is None:
+    every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)
+    window, fault = Window(), None
+    while engine.finished < every.steps:
         start = time.perf_counter()
         place = loader.state_dict()
         try:
-            micro_batches = [next(batches) for _ in range(every.accumulate)]
-        except QuarantineError:  # too many bad files: what was learned so far is kept
+            with stop.interruptible():
+                micro_batches = [next(batches) for _ in range(every.accumulate)]
+        except StopRequested:
+            if not stop.begun:
+                raise
+        except QuarantineError as error:  # too many bad files: what was learned so far is kept
+            fault = error
+        if ending := largest_of_ranks(stop.received or int(fault is not None), engine.device):
+            stop.received = ending  # on every rank, before the same step
             loader.load_state_dict(place)
-            _save(engine, loader, config, log)
-            raise
-        waited += time.perf_counter() - start
-        window.append(engine.step(micro_batches))
-        clips += sum(map(len, micro_batches))
-        last = engine.finished == every.steps or stop.received is not None
-        if engine.finished % every.log_every == 0 or last:
-            values = _summary(window) | {"data_seconds": waited, "skipped": engine.skipped}
-            values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
-            log.write(engine.finished, values, clips=clips)
-            window, clips, waited = [], 0, 0.0
-        if engine.finished % every.save_every == 0 and not last:
-            _save(engine, loader, config, log)
-    _save(engine, loader, config, log)
+            break
+        window.waited += time.perf_counter() - start
+        out = engine.step(micro_batches)
+        stop.begin()
+        window.add(out, sum(map(len, micro_batches)))
+        if engine.finished % every.log_every == 0 or engine.finished == every.steps:
+            window.write(engine, loader, log)
+            window = Window()
+        if guard.factor and largest_of_ranks(int(guard.jumps(float(out.terms["total"]))), engine.device):
+            _go_back(engine, guard, log)
+            window = Window()
+        elif engine.finished % every.save_every == 0 and engine.finished < every.steps:
+            engine.save(wait=False, loader=loader.state_dict(), config_sha256=config_hash(config))
+        for line in engine.writer.news():
+            log.say(line)
+    stop.begin()
+    if window.steps:
+        window.write(engine, loader, log)
+    _save_end(config, engine, loader, log)
+    if fault is not None:
+        raise fault
 
 
-def _save(engine: Engine, loader: Loader, config: PretrainConfig, log: RunLog) -> None:
-    log.say(f"saved {engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))}")
+class Window:
+    """What happened since the last record."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepOutput] = []
+        self.clips, self.waited = 0, 0.0
+
+    def add(self, out: StepOutput, clips: int) -> None:
+        self.steps.append(out)
+        self.clips += clips
+
+    def write(self, engine: Engine, loader: Loader, log: RunLog) -> None:
+        values = _summary(self.steps) | engine.loss.monitors() | memory(engine.device)
+        values |= {"data_seconds": self.waited, "skipped": engine.skipped}
+        values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
+        log.write(engine.finished, values, clips=self.clips)
+
+
+def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog) -> None:
+    try:
+        engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
+    except OSError as error:
+        raise TrainingStopped(
+            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error} Older ones are "
+            f"intact: `vatt pretrain --resume {config.out}` goes on from the newest."
+        ) from error
+    finally:
+        for line in engine.writer.news():
+            log.say(line)
+
+
+def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog) -> None:
+    """Weights, optimizer and step of the newest checkpoint; the data goes on, so what came since is skipped."""
+    step = engine.finished
+    if not has_checkpoint(engine.run_dir):
+        log.event(step, "the loss jumps, but there is no checkpoint yet to go back to")
+        return
+    found = engine.resume()
+    guard.count(found.step)
+    log.go_back(found.step)
+    log.event(step, "the loss jumps: went back and skipped the data since then", to=found.step)
 
 
 def _open_run(run_dir: Path, resume: bool) -> bool:

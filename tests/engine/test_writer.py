@@ -1,4 +1,4 @@
-"""Checkpoints in the background: what is saved is the moment of the call, one write at a time, and faults cost nothing."""
+"""In the background: what is saved is the moment of the call, one write at a time, and faults cost nothing."""
 
 from __future__ import annotations
 

@@ -96,22 +96,17 @@ class CheckpointWriter:
             self._news.append(f"warning: {text}. {reason}")
 
     def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        devices = set()
-        for group, values in tensors.items():
-            found[group] = {}
-            for name, value in values.items():
-                copy = self._copies.get((group, name))
-                if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                    pinned = value.device.type == "cuda"
-                    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-                    self._copies[group, name] = copy
-                found[group][name] = copy.copy_(value.detach(), non_blocking=True)
-                devices.add(value.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return found
+        live = {(group, name): value.detach() for group, values in tensors.items() for name, value in values.items()}
+        for place, value in live.items():
+            copy = self._copies.get(place)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                self._copies[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copies = {place: self._copies[place] for place in live}
+        if live:
+            torch._foreach_copy_(list(copies.values()), list(live.values()), non_blocking=True)
+        for device in {value.device for value in live.values() if value.is_cuda}:
+            torch.cuda.synchronize(device)
+        return {group: {name: copies[group, name] for name in values} for group, values in tensors.items()}
 
     def _write(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], meeting: Meeting | None) -> None:
         self._error = None

@@ -120,7 +120,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     # ------------------------------------------------ words, data, model, loss
     samples = read_training_manifest(config.data.train)
     resume = _open_run(run_dir, resume)
-    vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
+    kept = run_dir / "tokenizer.json"
+    vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
@@ -264,8 +265,10 @@ def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
         print(reason, file=sys.stderr)
-    loader.load_state_dict(found.state["extra"]["loader"])
-    if found.state["extra"]["config_sha256"] != config_hash(config):
+    extra = found.state["extra"]
+    if "loader" in extra:  # `vatt convert` knows of no data
+        loader.load_state_dict(extra["loader"])
+    if extra.get("config_sha256") != config_hash(config):
         print(f"note: {found.path} was saved under another config; it goes on with this run's", file=sys.stderr)
     print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
 

@@ -23,7 +23,7 @@ def measure(model: str, folder: Path, rounds: int, device: str) -> dict[str, flo
     weights = {name: value.to(device) for name, value in build_model(model_config(model)).state_dict().items()}
     moments = {f"{name}/{key}": value.clone() for name, value in weights.items() for key in ("exp_avg", "exp_avg_sq")}
     tensors = {"model": weights, "optimizer": moments}
-    writer, written, stalls = CheckpointWriter(folder), [], []
+    writer, written, stalls = CheckpointWriter(), [], []
     save = checkpoint.save
 
     def timed(*args, **kwargs):
@@ -36,7 +36,7 @@ def measure(model: str, folder: Path, rounds: int, device: str) -> dict[str, flo
     try:
         for step in range(rounds + 1):
             start = time.perf_counter()
-            writer.save(step, tensors, {"step": step})
+            writer.save(folder, step, tensors, {"step": step})
             stalls.append(time.perf_counter() - start)
             writer.finish()
     finally:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine import checkpoint
-from vatt_engine.engine.engine import random_state
+from vatt_engine.engine.seeds import random_state
 from vatt_engine.interop.deepspeed import Universal, is_universal, read_universal, write_universal
 from vatt_engine.models import VATT, build_model, from_pretrained, save_pretrained
 from vatt_engine.schema import ConfigError
@@ -51,9 +51,7 @@ def main(argv: Sequence[str]) -> int:
         moments = {f"model.{name}": value for name, value in found.moments.items()}
         tensors = {"model": found.weights, "optimizer": moments}
         counters = {"finished": found.step, "skipped": 0, "skipped_in_a_row": 0}
-        checkpoint.save(
-            destination, found.step, tensors, {**counters, "optimizer": {}, "random": random_state(), "extra": {}}
-        )
+        checkpoint.save(destination, found.step, tensors, {**counters, "random": random_state(), "extra": {}})
         if (words := _words(config)) is not None:
             words.save(destination / "tokenizer.json")
     else:

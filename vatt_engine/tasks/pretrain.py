@@ -23,7 +23,8 @@ from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
 from vatt_engine.engine.logging import RunLog, environment, write_text
 from vatt_engine.engine.monitors import memory, spread
-from vatt_engine.engine.peers import Peers, largest_of_ranks
+from vatt_engine.engine.peers import Peers
+from vatt_engine.engine.ranks import largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
@@ -165,7 +166,7 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
         place = loader.state_dict()
         try:
             with stop.interruptible():
-                micro_batches = [next(batches) for _ in range(every.accumulate)]
+                batch = next(batches)
         except StopRequested:
             if not stop.begun:
                 raise
@@ -176,9 +177,9 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
             loader.load_state_dict(place)
             break
         window.waited += time.perf_counter() - start
-        out = engine.step(micro_batches)
+        out = engine.step(batch)
         stop.begin()
-        window.add(out, sum(map(len, micro_batches)))
+        window.add(out, len(batch))
         if engine.finished % every.log_every == 0 or engine.finished == every.steps:
             window.write(engine, loader, log)
             window = Window()

@@ -79,7 +79,6 @@ def test_a_wait_is_cut_short_and_what_follows_is_finished():
         stop.begin()
         with pytest.raises(StopRequested, match="SIGTERM"), stop.interruptible():
             os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(StopRequested, match="SIGTERM"), stop.interruptible():
             raise AssertionError("the next wait must not begin")

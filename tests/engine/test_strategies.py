@@ -16,7 +16,6 @@ from vatt_engine.engine.checkpoint import load_latest
 from vatt_engine.engine.engine import Engine, EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
-from vatt_engine.engine.writer import CheckpointWriter
 from vatt_engine.losses import LossConfig, VATTLoss
 from vatt_engine.models import create_model
 
@@ -83,11 +82,6 @@ def build(
     return Engine(model(dropout=dropout, keep_mode=keep_mode), loss, config, optim, schedule, run_dir=run_dir)
 
 
-def in_folder(engine: Engine, folder: Path) -> Engine:
-    engine.run_dir, engine.writer = folder, CheckpointWriter(folder)
-    return engine
-
-
 def losses(engine: Engine, steps: int) -> list[float]:
     return [engine.step(share(batch(engine.finished))).terms["total"].item() for _ in range(steps)]
 
@@ -130,12 +124,14 @@ def one_case(case: tuple, folder: Path) -> dict:
         off = [(moments[f"optimizer.{name}"] - gradients[name]).abs().max() / scale for name in names]
         results["gradients"] = max(off).item()
     results |= skips(engine)
-    found = in_folder(engine, folder / "2").resume()
+    engine.run_dir = folder / "2"
+    found = engine.resume()
     state = flat(engine.strategy.export_state())
     results["resumed"] = same(state, flat(found.tensors))
     after = losses(engine, 2)
     results["goes on"] = error(after, wanted[2:4]) if not case[2] else 0.0  # the saved run did not clip
-    in_folder(engine, folder / f"from-{world_size()}-{name_of(case)}").save()
+    engine.run_dir = folder / f"from-{world_size()}-{name_of(case)}"
+    engine.save()
     state = flat(engine.strategy.export_state())
     results["saved"] = same(state, flat(load_latest(engine.run_dir).tensors))
     return results
@@ -170,7 +166,8 @@ def reference(tmp_path_factory) -> tuple[Path, dict]:
     for step in range(STEPS):
         wanted["0.0"] += losses(engine, 1)
         if step < 2:
-            in_folder(engine, folder / f"{step + 1}").save()
+            engine.run_dir = folder / f"{step + 1}"
+            engine.save()
     assert error(wanted["0.5"], wanted["0.0"]) > 1e-5  # clipping matters
     (folder / "reference.json").write_text(json.dumps(wanted))
     return folder, wanted

@@ -1,4 +1,4 @@
-"""Checkpoints in the background: what is saved is the moment of the call, one write at a time, and faults cost nothing."""
+"""In the background: what is saved is the moment of the call, one write at a time, and faults cost nothing."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def assert_holds(found: checkpoint.Checkpoint, step: int) -> None:
         assert [name for name, value in values.items() if not torch.equal(found.tensors[group][name], value)] == []
 
 
-def save(writer: CheckpointWriter, step: int) -> None:
-    writer.save(step, tensors(step), {"step": step})
+def save(writer: CheckpointWriter, run_dir: Path, step: int) -> None:
+    writer.save(run_dir, step, tensors(step), {"step": step})
 
 
 def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
     gate, write = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (gate.wait(60), write(*a, **k))[1])
-    writer, live = CheckpointWriter(tmp_path), tensors(1)
-    writer.save(1, live, {"step": 1})
+    writer, live = CheckpointWriter(), tensors(1)
+    writer.save(tmp_path, 1, live, {"step": 1})
     assert writer.news() == []  # training goes on while it is written
     for values in live.values():
         for value in values.values():
@@ -52,11 +52,11 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
 def test_a_save_waits_for_the_one_before_and_says_so(tmp_path, monkeypatch):
     gate, write = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (gate.wait(60), write(*a, **k))[1])
-    writer = CheckpointWriter(tmp_path)
-    save(writer, 1)
+    writer = CheckpointWriter()
+    save(writer, tmp_path, 1)
     join = writer._thread.join
     monkeypatch.setattr(writer._thread, "join", lambda: (gate.set(), join()))  # opened by the one who waits
-    save(writer, 2)
+    save(writer, tmp_path, 2)
     writer.finish()
     first, second, third = writer.news()
     assert first.startswith("step 2: training waited ")
@@ -65,11 +65,11 @@ def test_a_save_waits_for_the_one_before_and_says_so(tmp_path, monkeypatch):
 
 
 def test_host_memory_is_taken_once(tmp_path):
-    writer = CheckpointWriter(tmp_path)
-    save(writer, 1)
+    writer = CheckpointWriter()
+    save(writer, tmp_path, 1)
     before = {name: copy.data_ptr() for name, copy in writer._copies.items()}
     writer.finish()
-    save(writer, 2)
+    save(writer, tmp_path, 2)
     writer.finish()
     assert {name: copy.data_ptr() for name, copy in writer._copies.items()} == before
     assert_holds(load_latest(tmp_path), 2)
@@ -78,8 +78,8 @@ def test_host_memory_is_taken_once(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "open"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
 def test_a_disk_fault_is_news_and_the_next_save_tries_again(tmp_path, monkeypatch, call, number):
-    writer = CheckpointWriter(tmp_path)
-    save(writer, 1)
+    writer = CheckpointWriter()
+    save(writer, tmp_path, 1)
     writer.finish()
     writer.news()
 
@@ -88,7 +88,7 @@ def test_a_disk_fault_is_news_and_the_next_save_tries_again(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, call, fail)
-        save(writer, 2)
+        save(writer, tmp_path, 2)
         writer.join()
     [line] = writer.news()
     assert line.startswith("warning: the checkpoint could not be written; older ones are intact")
@@ -96,7 +96,7 @@ def test_a_disk_fault_is_news_and_the_next_save_tries_again(tmp_path, monkeypatc
     with pytest.raises(OSError, match=os.strerror(number)):
         writer.finish()
     assert_holds(load_latest(tmp_path), 1)
-    save(writer, 3)
+    save(writer, tmp_path, 3)
     writer.finish()
     assert_holds(load_latest(tmp_path), 3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
@@ -104,8 +104,8 @@ def test_a_disk_fault_is_news_and_the_next_save_tries_again(tmp_path, monkeypatc
 
 def test_a_file_in_the_way_is_a_message(tmp_path):
     (tmp_path / "checkpoints").write_text("mine")
-    writer = CheckpointWriter(tmp_path)
-    save(writer, 1)
+    writer = CheckpointWriter()
+    save(writer, tmp_path, 1)
     writer.join()
     assert f"Not a directory: '{tmp_path}/checkpoints/step-00000001.tmp'" in writer.news()[0]
     assert (tmp_path / "checkpoints").read_text() == "mine"

@@ -165,7 +165,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
-        self.writer = None if run_dir is None else CheckpointWriter(run_dir, keep=config.keep_checkpoints)
+        self.writer = CheckpointWriter(keep=config.keep_checkpoints)
         self.device = config.torch_device()
         self.module, self.loss = module, loss
         self.trained = Trained(module, loss, autocast=config.precision == "bf16", compiled=config.compile)
@@ -258,17 +258,19 @@ class Engine:
     def save(self, *, wait: bool = True, **extra: Any) -> Path | None:
         """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`.
 
+        All ranks call it, each writes its share.
+
         Returns:
             Its folder, or None with `wait=False`: it is written in the background, and `writer.news()` tells the rest.
 
         Raises:
             OSError: with `wait`, it could not be written; older checkpoints are intact.
         """
-        writer = self._writer()
+        tensors = self.strategy.export_state()
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
         state = {**counters, "random": random_state(), "versions": versions("vatt_engine", "torch"), "extra": extra}
-        writer.save(self.finished, self.strategy.export_state(), state)
-        return writer.finish() if wait else None
+        self.writer.save(self._folder(), self.finished, tensors, state)
+        return self.writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:
         """Continue from the newest valid checkpoint of the run folder; what `save` was given is in `.state["extra"]`.
@@ -276,8 +278,8 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it belongs to another model or optimizer.
         """
-        self._writer().join()
-        found = checkpoint.load_latest(self.run_dir)
+        self.writer.join()
+        found = checkpoint.load_latest(self._folder())
         try:
             self.strategy.import_state(found.tensors)
             for name in ("finished", "skipped", "skipped_in_a_row"):
@@ -290,10 +292,10 @@ class Engine:
             ) from error
         return found
 
-    def _writer(self) -> CheckpointWriter:
-        if self.writer is None:
+    def _folder(self) -> Path:
+        if self.run_dir is None:
             raise ValueError("Engine: run_dir must be given to save or resume, got None.")
-        return self.writer
+        return Path(self.run_dir)
 
 
 def _strategy(trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
+MONITORS = re.compile(r"seconds|temperature|_(std|rank|mb)$")  # in metrics.jsonl, too many for the progress line
 PACKAGES = ("vatt_engine", "torch", "triton", "numpy", "av", "tokenizers", "safetensors", "tyro", "PyYAML")
 
 
@@ -105,7 +107,8 @@ class RunLog:
         self.file = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
     def progress(self, step: int, values: Mapping[str, float], record: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value and "seconds" not in key)
+        told = {key: value for key, value in values.items() if value and not MONITORS.search(key)}
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in told.items())
         minutes, seconds = divmod(round(record["eta_seconds"]), 60)
         speed = f"{record['clips_per_second']:.1f} clips/s"
         line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch
 from torch import distributed as dist
 
-from vatt_engine.collectives import all_reduce_max, rank, world_size
+from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine.faults import TrainingStopped
 
 _SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
@@ -32,17 +31,6 @@ _meetings, _watches = itertools.count(), itertools.count()  # keys of the store 
 def shared_store() -> dist.Store | None:
     """The process group's store for use by one more thread; None where there is one process."""
     return dist.distributed_c10d._get_default_store().clone() if world_size() > 1 else None
-
-
-def largest_of_ranks(value: int, device: torch.device) -> int:
-    """The largest `value` of all ranks: what they agree on before the next step.
-
-    >>> largest_of_ranks(1, torch.device("cpu"))
-    1
-    """
-    if world_size() == 1:
-        return value
-    return int(all_reduce_max(torch.tensor(value, device=device)))
 
 
 class Meeting:

@@ -23,17 +23,16 @@ class CheckpointWriter:
     that fails leaves the older checkpoints as they are, and training goes on to the next save.
 
     Args:
-        run_dir: run folder; on several ranks one that all of them see.
         keep: how many checkpoints stay, at least 2.
 
-    >>> writer = CheckpointWriter("run")
-    >>> writer.save(500, {"model": {"weight": torch.ones(2)}}, {})
+    >>> writer = CheckpointWriter()
+    >>> writer.save("run", 500, {"model": {"weight": torch.ones(2)}}, {})
     >>> writer.finish().name
     'step-00000500'
     """
 
-    def __init__(self, run_dir: str | Path, *, keep: int = 2):
-        self.run_dir, self.keep = Path(run_dir), keep
+    def __init__(self, *, keep: int = 2):
+        self.keep = keep
         self._next_meeting = Meeting.series()
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -41,10 +40,13 @@ class CheckpointWriter:
         self._error: OSError | None = None  # of the newest save
         self._news: list[str] = []
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def save(
+        self, run_dir: str | Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> None:
         """Copy what is to be saved and begin to write it; what became of it is told by `news` or `finish`.
 
         Args:
+            run_dir: run folder; on several ranks one that all of them see.
             step: number of finished steps.
             tensors: groups of named tensors, the same on all ranks.
             state: JSON values.
@@ -60,7 +62,7 @@ class CheckpointWriter:
             tensors = checkpoint.share(tensors, meeting.rank, meeting.size)
         copies = self._copy(tensors)
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, dict(state), meeting), name="vatt-checkpoint"
+            target=self._write, args=(run_dir, step, copies, dict(state), meeting), name="vatt-checkpoint"
         )
         self._thread.start()
 
@@ -96,26 +98,21 @@ class CheckpointWriter:
             self._news.append(f"warning: {text}. {reason}")
 
     def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
-        devices = set()
-        for group, values in tensors.items():
-            found[group] = {}
-            for name, value in values.items():
-                copy = self._copies.get((group, name))
-                if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                    pinned = value.device.type == "cuda"
-                    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-                    self._copies[group, name] = copy
-                found[group][name] = copy.copy_(value.detach(), non_blocking=True)
-                devices.add(value.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return found
+        live = {(group, name): value.detach() for group, values in tensors.items() for name, value in values.items()}
+        for place, value in live.items():
+            copy = self._copies.get(place)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                self._copies[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copies = {place: self._copies[place] for place in live}
+        if live:
+            torch._foreach_copy_(list(copies.values()), list(live.values()), non_blocking=True)
+        for device in {value.device for value in live.values() if value.is_cuda}:
+            torch.cuda.synchronize(device)
+        return {group: {name: copies[group, name] for name in values} for group, values in tensors.items()}
 
-    def _write(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], meeting: Meeting | None) -> None:
+    def _write(self, run_dir: str | Path, step: int, tensors: Any, state: Any, meeting: Meeting | None) -> None:
         self._error = None
         try:
-            self._path = checkpoint.save(self.run_dir, step, tensors, state, keep=self.keep, meeting=meeting)
+            self._path = checkpoint.save(run_dir, step, tensors, state, keep=self.keep, meeting=meeting)
         except OSError as error:
             self._error = error

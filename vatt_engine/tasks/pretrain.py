@@ -23,7 +23,8 @@ from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
 from vatt_engine.engine.logging import RunLog, environment, write_text
 from vatt_engine.engine.monitors import memory, spread
-from vatt_engine.engine.peers import Peers, largest_of_ranks
+from vatt_engine.engine.peers import Peers
+from vatt_engine.engine.ranks import largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
@@ -120,7 +121,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     # ------------------------------------------------ words, data, model, loss
     samples = read_training_manifest(config.data.train)
     resume = _open_run(run_dir, resume)
-    vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
+    kept = run_dir / "tokenizer.json"
+    vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
@@ -164,7 +166,7 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
         place = loader.state_dict()
         try:
             with stop.interruptible():
-                micro_batches = [next(batches) for _ in range(every.accumulate)]
+                batch = next(batches)
         except StopRequested:
             if not stop.begun:
                 raise
@@ -175,9 +177,9 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
             loader.load_state_dict(place)
             break
         window.waited += time.perf_counter() - start
-        out = engine.step(micro_batches)
+        out = engine.step(batch)
         stop.begin()
-        window.add(out, sum(map(len, micro_batches)))
+        window.add(out, len(batch))
         if engine.finished % every.log_every == 0 or engine.finished == every.steps:
             window.write(engine, loader, log)
             window = Window()
@@ -264,8 +266,10 @@ def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
         print(reason, file=sys.stderr)
-    loader.load_state_dict(found.state["extra"]["loader"])
-    if found.state["extra"]["config_sha256"] != config_hash(config):
+    extra = found.state["extra"]
+    if "loader" in extra:  # `vatt convert` knows of no data
+        loader.load_state_dict(extra["loader"])
+    if extra.get("config_sha256") != config_hash(config):
         print(f"note: {found.path} was saved under another config; it goes on with this run's", file=sys.stderr)
     print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
 

@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first; LOCAL_RANK says the same
+        del argv[0]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from ranks import run_ranks
 from vatt_engine.batch import Batch
 from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine.checkpoint import load_latest
-from vatt_engine.engine.engine import Engine, EngineConfig
+from vatt_engine.engine.engine import ZERO_FROM, Engine, EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig, VATTLoss
@@ -203,3 +204,81 @@ def test_a_state_goes_into_any_strategy_and_comes_out_again(ranks, reference):
         assert back.resume().step == 4
         if "-0.0" in name:
             assert error(losses(back, 1), wanted["0.0"][4:5]) < STEP_TOLERANCE, name
+
+
+# --------------------------------------------------------------------------------------------- options, one process
+
+
+def gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    engine.step(batch(0))
+    return {name: p.grad for name, p in engine.strategy.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_activations_give_the_same_gradients(parts, dropout):
+    options = {"parts": parts, "dropout": dropout}
+    wanted, saved = gradients(build(**options)), []
+    engine = build(**options, checkpoint_activations=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        got = gradients(engine)
+    assert got.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(got[name], wanted[name])] == []
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        gradients(build(**options))
+    assert sum(saved) < sum(kept)
+
+
+def test_compiled_features_give_the_same_losses(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    compiled = build(compile=True)
+    assert error(losses(compiled, 4), losses(build(), 4)) < STEP_TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero2"])
+def test_bf16_keeps_float32_weights_moments_and_loss(strategy):
+    engine = build(strategy, precision="bf16", parts=2)
+    dtypes = []
+    engine.module.video.transformer.layers[0].ff_in.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
+    first, wanted = losses(engine, 4), losses(build(), 4)
+    assert set(dtypes) == {torch.bfloat16}
+    assert {x.dtype for x in flat(engine.strategy.export_state()).values()} == {torch.float32}
+    assert 0 < error(first, wanted) < 0.03
+
+
+def test_learnable_temperature_stays_in_its_bounds_under_zero():
+    """The loss moves it back in place; DeepSpeed's own copy of the weights must hear of it."""
+    ends = []
+    for strategy in ("single", "zero2", "zero3"):
+        engine = build(strategy, parts=2)
+        state = {group: {n: x.clone() for n, x in v.items()} for group, v in engine.strategy.export_state().items()}
+        state["loss"]["log_temperature"].fill_(0.5)  # a temperature above 1
+        engine.strategy.import_state(state)
+        losses(engine, 3)
+        ends.append(engine.strategy.export_state()["loss"]["log_temperature"].item())
+    assert ends[0] < 1e-4
+    assert ends[1:] == pytest.approx(ends[:1] * 2, abs=1e-7)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="compile must be false with strategy zero3, got True"):
+        EngineConfig(compile=True, strategy="zero3")
+    tower = torch.nn.Linear(2, 2)
+    options = {"device": "cpu", "strategy": "single"}
+    for changed, message in (
+        ({"accumulate": 2}, "module must have features and heads to accumulate, got a Linear"),
+        ({"checkpoint_activations": True}, "module must have a part that can checkpoint its activations, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(tower, len, EngineConfig(**options, **changed), OptimConfig(), ScheduleConfig())
+
+
+def test_auto_is_zero_for_the_large_models_alone():
+    """By what would be trained with loaded word vectors, and without."""
+    large = {"vatt_lbs", "vatt_ma_large"}
+    for name in ("vatt_bbs", "vatt_mbs", "vatt_lbs", "vatt_ma_base", "vatt_ma_medium", "vatt_ma_large"):
+        with torch.device("meta"):
+            sizes = {name: p.numel() for name, p in create_model(name).named_parameters()}
+        words = next(size for name, size in sizes.items() if name.endswith("embedding.weight"))
+        assert (sum(sizes.values()) >= ZERO_FROM) == (sum(sizes.values()) - words >= ZERO_FROM) == (name in large), name

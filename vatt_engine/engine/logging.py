@@ -178,6 +178,28 @@ def _missing(package: str) -> str:
     return f"engine.{package}: {package} must be installed, got no such package. Run `pip install {package}`."
 
 
+class NoLog:
+    """Stands for `RunLog` on the ranks that have nothing to say, all but the first."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float], *, clips: int) -> None:
+        pass
+
+    def event(self, step: int, what: str, **details: Any) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def environment(device: torch.device | str) -> dict[str, Any]:
     """What a run ran on: an allow-list of versions and hardware, never the process's environment variables."""
     device = torch.device(device)

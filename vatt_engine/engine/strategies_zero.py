@@ -78,6 +78,8 @@ class Zero(Single):
         config = deepspeed_config(stage, offload=offload, num_elements=sum(p.numel() for p in self.parameters.values()))
         for buffer in trained.buffers():
             dist.broadcast(buffer, 0)  # DeepSpeed does so with the parameters
+        if isinstance(trained.loss, nn.Module):  # before DeepSpeed's hooks, the first of which takes parameters away
+            trained.loss.register_forward_hook(self._keep_changes)
         self.deepspeed, *_ = deepspeed.initialize(
             model=trained, optimizer=self.optimizer, config=config, dist_init_required=False
         )
@@ -108,18 +110,16 @@ class Zero(Single):
         self.deepspeed.backward(scalar)
 
     def update(self) -> tuple[Tensor, bool]:
-        if isinstance(self.trained.loss, nn.Module):
-            self._keep_changes(self.trained.loss)
         self.deepspeed.step()
         return torch.as_tensor(self.deepspeed.get_global_grad_norm()), not self.sharded.overflow
 
-    def _keep_changes(self, module: nn.Module) -> None:
-        """Take over what a forward pass did to its parameters in place, as the loss does to bound its temperature.
+    def _keep_changes(self, module: nn.Module, *_: Any) -> None:
+        """Take over what its forward pass did to parameters in place, as the loss does to bound its temperature.
 
-        DeepSpeed computes with copies and would lose it.
+        DeepSpeed steps from a copy and would undo it.
         """
-        for parameter in module.parameters():
-            if parameter.requires_grad and parameter.shape == self.shapes[id(parameter)]:  # stage 3 cuts large ones
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
                 self._write_master(parameter, parameter.detach())
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

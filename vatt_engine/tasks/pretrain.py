@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
+from vatt_engine.collectives import all_reduce_sum, rank, world_size
 from vatt_engine.data.loader import Loader, QuarantineError
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
-from vatt_engine.engine.logging import RunLog, environment, write_text
+from vatt_engine.engine.logging import NoLog, RunLog, environment, write_text
 from vatt_engine.engine.monitors import memory, spread
 from vatt_engine.engine.peers import Peers
-from vatt_engine.engine.ranks import largest_of_ranks
+from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
@@ -104,7 +104,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
     """
     with StopSignals() as stop:
         try:
-            with Peers():
+            with joined_ranks(config.engine.torch_device()), Peers():
                 return _train(config, resume, stop)
         except StopRequested as signal:
             print(f"{signal}: no step of this start was finished, nothing had to be saved.", file=sys.stderr)
@@ -120,27 +120,31 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
 
     # ------------------------------------------------ words, data, model, loss
     samples = read_training_manifest(config.data.train)
-    resume = _open_run(run_dir, resume)
+    resume = bool(largest_of_ranks(int(_open_run(run_dir, resume)), device))  # none writes before all have looked
     kept = run_dir / "tokenizer.json"
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
-    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=run_dir / "quarantine.jsonl")
+    faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
+    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=faults)
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
     # ------------------------------------------------ run folder
     if resume:
         _resume(engine, loader, config)
-    vocabulary.save(run_dir / "tokenizer.json")
-    write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
-    write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
+    if rank() == 0:
+        vocabulary.save(run_dir / "tokenizer.json")
+        write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
+        write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
 
     # ------------------------------------------------ training
-    steps, board, wandb = config.engine.steps, config.engine.tensorboard, config.engine.wandb
-    with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board, wandb=wandb) as log:
+    steps = config.engine.steps
+    with loader, _run_log(config, engine) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        if world_size() > 1:
+            log.say(f"{world_size()} processes, {type(engine.strategy).__name__}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:
@@ -151,13 +155,25 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
         stopped = engine.finished < steps
         if stopped:
             log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
-    if not stopped:
-        save_pretrained(model, run_dir / "model", vocabulary=vocabulary)
-    plot_run(run_dir)
+    weights = engine.strategy.export_state()["model"]  # of all ranks
+    if rank() == 0:
+        if not stopped:
+            whole = build_model(config.model)
+            whole.load_state_dict(weights)
+            save_pretrained(whole, run_dir / "model", vocabulary=vocabulary)
+        plot_run(run_dir)
     return 128 + stop.received if stopped else 0
 
 
-def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, stop: StopSignals) -> None:
+def _run_log(config: PretrainConfig, engine: Engine) -> RunLog | NoLog:
+    if rank() > 0:
+        return NoLog()
+    every = config.engine
+    sinks = {"tensorboard": every.tensorboard, "wandb": every.wandb}
+    return RunLog(config.out, every.steps, resume_step=engine.finished, **sinks)
+
+
+def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog, stop: StopSignals) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
     every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)
     window, fault = Window(), None
@@ -177,7 +193,7 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
             loader.load_state_dict(place)
             break
         window.waited += time.perf_counter() - start
-        out = engine.step(batch)
+        out = engine.step(batch.split(world_size())[rank()])
         stop.begin()
         window.add(out, len(batch))
         if engine.finished % every.log_every == 0 or engine.finished == every.steps:
@@ -209,14 +225,14 @@ class Window:
         self.steps.append(out)
         self.clips += clips
 
-    def write(self, engine: Engine, loader: Loader, log: RunLog) -> None:
+    def write(self, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
         values = _summary(self.steps) | engine.loss.monitors() | memory(engine.device)
         values |= {"data_seconds": self.waited, "skipped": engine.skipped}
         values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
         log.write(engine.finished, values, clips=self.clips)
 
 
-def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog) -> None:
+def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
     try:
         engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
     except OSError as error:
@@ -229,7 +245,7 @@ def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLo
             log.say(line)
 
 
-def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog) -> None:
+def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog | NoLog) -> None:
     """Weights, optimizer and step of the newest checkpoint; the data goes on, so what came since is skipped."""
     step = engine.finished
     if not has_checkpoint(engine.run_dir):
@@ -245,7 +261,7 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
     """Make the run folder, or refuse one that holds another run; whether there is a checkpoint to resume."""
     if resume:
         if not has_checkpoint(run_dir):
-            print(f"{run_dir}: no checkpoint yet, starting at step 0.", file=sys.stderr)
+            _tell(f"{run_dir}: no checkpoint yet, starting at step 0.")
         run_dir.mkdir(parents=True, exist_ok=True)
         return has_checkpoint(run_dir)
     if (run_dir / "metrics.jsonl").exists() or has_checkpoint(run_dir):
@@ -265,13 +281,18 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
 def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
-        print(reason, file=sys.stderr)
+        _tell(reason)
     extra = found.state["extra"]
     if "loader" in extra:  # `vatt convert` knows of no data
         loader.load_state_dict(extra["loader"])
     if extra.get("config_sha256") != config_hash(config):
-        print(f"note: {found.path} was saved under another config; it goes on with this run's", file=sys.stderr)
-    print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
+        _tell(f"note: {found.path} was saved under another config; it goes on with this run's")
+    _tell(f"resuming after step {found.step} from {found.path}")
+
+
+def _tell(text: str) -> None:
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def read_training_manifest(path: str) -> list[Sample]:
@@ -345,11 +366,11 @@ def config_hash(config: PretrainConfig) -> str:
 
 
 def _summary(window: Sequence[StepOutput]) -> dict[str, float]:
-    """Means over the steps since the last record; skipped steps have no part in them."""
+    """Means over the ranks and over the steps since the last record; skipped steps have no part in them."""
     taken = [out for out in window if not out.skipped] or window[-1:]
-
-    def mean(values: list[Tensor]) -> float:
-        return torch.stack(values).mean().item()
-
-    terms = {name: mean([out.terms[name] for out in taken]) for name in taken[0].terms}
-    return terms | {"grad_norm": mean([out.grad_norm for out in taken]), "lr": window[-1].lr}
+    norms = {"grad_norm": torch.stack([out.grad_norm for out in taken]).mean()}
+    means = {name: torch.stack([out.terms[name] for out in taken]).mean() for name in taken[0].terms}
+    values = (
+        all_reduce_sum(torch.stack([value.to(means["total"]) for value in (means | norms).values()])) / world_size()
+    )
+    return dict(zip(means | norms, values.tolist())) | {"lr": window[-1].lr}

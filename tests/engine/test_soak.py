@@ -91,7 +91,7 @@ def attempt(number, fault):
 torch.set_num_threads(1)
 counts, best = {}, 0
 for number in range(faults):
-    kind = ["kill", "term", "kill all", "raise", "term one", "disk"][number % 6]
+    kind = ["kill", "term", "disk", "kill all", "raise", "term one"][number % 6]
     at = rng.randrange(1, 14)
     codes, text = attempt(number, (kind, at))
     assert codes != [0] * size, (kind, at, text)
@@ -121,7 +121,7 @@ print(json.dumps([counts, same]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", [6, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("faults", [3, pytest.param(60, marks=pytest.mark.soak)])
 def test_a_run_under_fire_ends_where_a_quiet_one_does(tmp_path, faults):
     here = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}

@@ -61,6 +61,28 @@ def test_resumes_bit_for_bit_under_every_strategy(tmp_path, size, stops):
     assert found == [{name: [] for name in STRATEGIES[size]}] * size
 
 
+def on_rank_audited() -> list:
+    events, watching = [], True
+
+    def hook(event, args):
+        if watching and event.startswith("pickle."):
+            events.append([event, *map(str, args[:2])])
+
+    sys.addaudithook(hook)
+    for strategy in STRATEGIES[world_size()]:
+        engine = build(strategy, run_dir=Path(sys.argv[3]) / strategy)
+        losses(engine, 1)
+        engine.save()
+        engine.resume()
+    watching = False
+    return events
+
+
+@pytest.mark.slow
+def test_ranks_unpickle_nothing(tmp_path):
+    assert run_ranks("engine.test_survival:on_rank_audited", 2, tmp_path) == [[], []]
+
+
 def on_rank_saving() -> None:
     engine = build(run_dir=Path(sys.argv[3]).parent / f"of-{world_size()}")
     losses(engine, 3)

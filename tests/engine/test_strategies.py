@@ -135,6 +135,10 @@ def one_case(case: tuple, folder: Path) -> dict:
     engine.save()
     state = flat(engine.strategy.export_state())
     results["saved"] = same(state, flat(load_latest(engine.run_dir).tensors))
+    straight = losses(engine, 2), flat(engine.strategy.export_state())
+    engine.resume()
+    again = losses(engine, 2), flat(engine.strategy.export_state())
+    results["bit for bit"] = again[0] == straight[0] and same(again[1], straight[1])
     return results
 
 
@@ -198,6 +202,7 @@ def test_a_state_goes_into_any_strategy_and_comes_out_again(ranks, reference):
         for name, case in found.items():
             assert case["resumed"], name
             assert case["saved"], name
+            assert case["bit for bit"], name
             assert case["goes on"] < STEP_TOLERANCE, (name, case)
     for name in ranks[0]:
         back = build("single", run_dir=folder / f"from-{len(ranks)}-{name}")
@@ -212,6 +217,14 @@ def test_a_state_goes_into_any_strategy_and_comes_out_again(ranks, reference):
 def gradients(engine: Engine) -> dict[str, torch.Tensor]:
     engine.step(batch(0))
     return {name: p.grad for name, p in engine.strategy.parameters.items() if p.grad is not None}
+
+
+def test_drop_token_knows_no_parts():
+    by_mode = {}
+    for mode in ("batch", "sample"):
+        by_mode[mode] = losses(build(keep_mode=mode), 3)
+        assert error(losses(build(parts=3, keep_mode=mode), 3), by_mode[mode]) < STEP_TOLERANCE
+    assert error(by_mode["batch"], by_mode["sample"]) > 1e-4
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -144,7 +144,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     with loader, _run_log(config, engine) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
         if world_size() > 1:
-            log.say(f"{world_size()} processes, {type(engine.strategy).__name__}")
+            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:

@@ -140,8 +140,9 @@ class Engine:
     such a gradient.
 
     Args:
-        module: called as `module(batch, seed=int)`. With accumulation it needs `features(batch, seed=)`, a dict of
-            tensors in which no row depends on another, and `heads(**features)`; buffers may change in the heads only.
+        module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
+            then may change buffers of the heads only.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
         config: steps, accumulation, strategy, precision.

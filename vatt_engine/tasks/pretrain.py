@@ -237,8 +237,8 @@ def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLo
         engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
     except OSError as error:
         raise TrainingStopped(
-            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error} Older ones are "
-            f"intact: `vatt pretrain --resume {config.out}` goes on from the newest."
+            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error}. Older ones "
+            f"are intact, `vatt pretrain --resume {config.out}` goes on from the newest."
         ) from error
     finally:
         for line in engine.writer.news():

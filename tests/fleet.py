@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,7 +32,11 @@ def launch(size: int, work: Callable[[], None], folder: Path) -> list[int]:
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
-            os._exit(_rank(rank, size, port, work, folder / f"{rank}.txt"))
+            code = _rank(rank, size, port, work, folder / f"{rank}.txt")
+            for thread in threading.enumerate():  # as the interpreter does at its end
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join()
+            os._exit(code)
         pids.append(pid)
     launch.servers = [server]  # lives until the next launch
     return pids

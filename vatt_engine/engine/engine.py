@@ -41,7 +41,7 @@ class EngineConfig:
             several ddp, or zero2 from 300 million trainable parameters.
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones.
+        compile: torch.compile of the backbones; not with zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32).
         halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
             several ranks after a restart, which torchrun does), instead of stopping.
@@ -100,16 +100,19 @@ class EngineConfig:
         Raises:
             ValueError: the name means nothing, or the GPU is not there.
         """
-        if self.device in ("auto", "cuda") and torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "RANK" in os.environ:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            device = torch.device("cpu" if self.device == "auto" else self.device)
+            device = torch.device(name)
         except RuntimeError:
             device = None
         if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
             raise ValueError(f"engine: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            here = f"{self.device!r} where there are {torch.cuda.device_count()}"
+            here = f"{name!r} where there are {torch.cuda.device_count()}"
             raise ValueError(f"engine: device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
         return device
 
@@ -142,8 +145,9 @@ class Engine:
     such a gradient.
 
     Args:
-        module: called as `module(batch, seed=int)`. With accumulation it needs `features(batch, seed=)`, a dict of
-            tensors in which no row depends on another, and `heads(**features)`; buffers may change in the heads only.
+        module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
+            then may change buffers of the heads only.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
         config: steps, accumulation, strategy, precision.
@@ -185,7 +189,8 @@ class Engine:
             )
         if config.checkpoint_activations:
             _checkpoint_activations(module)
-        self.strategy = _strategy(self.trained, config, optim)
+        self.strategy_name = _strategy_name(self.trained, config)
+        self.strategy = _strategy(self.strategy_name, self.trained, config, optim)
         self.finished = 0  # steps
         self.skipped = 0  # of them, in the whole run
         self.skipped_in_a_row = 0
@@ -328,16 +333,22 @@ class Engine:
         return Path(self.run_dir)
 
 
-def _strategy(trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
-    name = config.strategy
-    if name == "auto":
-        many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
-        name = "single" if world_size() == 1 else "zero2" if many else "ddp"
-    if name == "single" and world_size() > 1:
+def _strategy_name(trained: Trained, config: EngineConfig) -> str:
+    """The one to use: "auto" decided, "ddp" of one process is "single"."""
+    if config.strategy == "single" and world_size() > 1:
         raise ValueError(f"engine: strategy must share the work of {world_size()} processes, got single.")
+    if config.strategy.startswith("zero"):
+        return config.strategy
+    if world_size() == 1:
+        return "single"
+    many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
+    return "zero2" if config.strategy == "auto" and many else "ddp"
+
+
+def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
     if name.startswith("zero"):
         return Zero(trained, optim, stage=int(name[-1]), offload=config.offload)
-    return DDP(trained, optim) if name == "ddp" and world_size() > 1 else Single(trained, optim)
+    return DDP(trained, optim) if name == "ddp" else Single(trained, optim)
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

@@ -61,9 +61,9 @@ class CheckpointWriter:
         if meeting is not None:
             tensors = checkpoint.share(tensors, meeting.rank, meeting.size)
         copies = self._copy(tensors)
-        self._thread = threading.Thread(
-            target=self._write, args=(run_dir, step, copies, dict(state), meeting), name="vatt-checkpoint"
-        )
+        # A daemon on several ranks: one whose peers have died must not wait for their word before it can end.
+        arguments = (run_dir, step, copies, dict(state), meeting)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=meeting is not None)
         self._thread.start()
 
     def news(self) -> list[str]:

@@ -39,6 +39,9 @@ CONFIG is a YAML file or a recipe: {recipes}.
 `vatt pretrain CONFIG --help` lists the flags with their values in that config."""
 
 
+BAD_DATA = 1  # beside the numbers of signals: a rank has too many bad files
+
+
 class PretrainLoss(VATTLoss):
     """VATTLoss with the masks of the batch; `seen` keeps the embeddings of the last one for the monitors."""
 
@@ -144,7 +147,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     with loader, _run_log(config, engine) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
         if world_size() > 1:
-            log.say(f"{world_size()} processes, {type(engine.strategy).__name__}")
+            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:
@@ -188,7 +191,7 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | 
                 raise
         except QuarantineError as error:  # too many bad files: what was learned so far is kept
             fault = error
-        if ending := largest_of_ranks(stop.received or int(fault is not None), engine.device):
+        if ending := largest_of_ranks(stop.received or BAD_DATA * (fault is not None), engine.device):
             stop.received = ending  # on every rank, before the same step
             loader.load_state_dict(place)
             break
@@ -212,6 +215,8 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | 
     _save_end(config, engine, loader, log)
     if fault is not None:
         raise fault
+    if stop.received == BAD_DATA:
+        raise TrainingStopped("another rank found too many bad files; what was trained is saved")
 
 
 class Window:

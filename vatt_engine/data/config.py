@@ -14,7 +14,7 @@ class DataConfig:
     """What a clip is, and how clips are loaded.
 
     Args:
-        train: manifest of the training set, .jsonl or .csv.
+        train: the training set: a manifest (.jsonl, .csv), a folder of prepared shards, or its tars `{00..99}.tar`.
         batch_size: clips per batch.
         num_frames: frames per clip, T.
         fps: frames per second of the clip, whatever the file has.

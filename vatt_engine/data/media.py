@@ -230,7 +230,8 @@ class Media:
         if not 0 <= start < self.info.duration:
             raise self._source.error(f"start must be in [0, {self.info.duration:.3f}) s, got {start}.")
         if self._in_shard and self.info.fps:
-            start = math.floor((start + ROUNDING) * self.info.fps) / self.info.fps
+            last = math.ceil((self.info.duration - ROUNDING) * self.info.fps) - 1
+            start = max(0, min(math.floor((start + ROUNDING) * self.info.fps), last)) / self.info.fps
         period = self.frames_left(start, fps)
         video, audio, num_real, reached = None, None, 0, {}
         with self._source.faults():

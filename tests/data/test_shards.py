@@ -126,8 +126,8 @@ def test_the_loader_takes_them(shards):
         ({"duration": float("nan")}, "duration must be seconds above 0"),
         ({"duration": True}, "duration must be seconds above 0"),
         ({"captions": [{"text": "a"}]}, r"captions\[0\]\.start must be given"),
-        ({"label": {}}, "label must be a number, numbers or a name"),
-        ({"label": [1, "x"]}, "label must be numbers"),
+        ({"label": {}}, "label must be a 64-bit integer"),
+        ({"label": [1, "x"]}, "label must be"),
     ],
 )
 def test_a_wrong_line_is_refused_with_its_number(shards, changes, message):
@@ -140,12 +140,12 @@ def test_a_wrong_line_is_refused_with_its_number(shards, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the index must hold|at least one sample"),
+        ("", "the index must begin with a line of settings, got an empty file"),
         ('{"format": "vatt_engine shards 2", "samples": 0}\n', "index.jsonl:1: format must be 'vatt_engine shards 1'"),
         (json_line({"format": FORMAT, "samples": 0}), "index.jsonl:1: fps must be a number above 0, got None"),
         ("[1]\n", "index.jsonl:1: the row must be a JSON object"),
-        ('{"format": \n', "index.jsonl:1: the row must be valid JSON"),
-        ("\xff", "the index must be UTF-8"),
+        ('{"format": ', "index.jsonl:1: the row must be valid JSON"),
+        ("\xff", "the text must be UTF-8"),
     ],
 )
 def test_a_file_that_is_no_index_is_refused(tmp_path, content, message):
@@ -165,7 +165,7 @@ def test_an_index_that_is_cut_or_repeats_itself_is_refused(shards, tmp_path):
     write(folder, rows)
     with pytest.raises(ManifestError, match=r"each tar must be in .* with a sample, got 000002.tar"):
         read_shards(folder / "{000000..000009}.tar")
-    with pytest.raises(ManifestError, match="the index must be a readable file, got No such file"):
+    with pytest.raises(ManifestError, match="the index must be a file, got no such file"):
         read_shards(tmp_path)
 
 

@@ -169,7 +169,7 @@ def add_gradients(
     x, y = _scaled(a, b, row_scale, column_scale)
     da, db = row_scale.new_zeros(a.shape), row_scale.new_zeros(b.shape)
     if half:
-        # In this unit |G| <= 3 x 2^14, and what is 2^-28 of that is still a normal float16; a power of two rounds nothing.
+        # In this unit |G| <= 3 x 2^14, and 2^-28 of that is still a normal float16; a power of two rounds nothing.
         unit = torch.stack([each.abs().amax() for each in d]).amax().frexp().exponent - 14
         d = tuple(each.ldexp(-unit) for each in d)
     # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.

@@ -142,7 +142,7 @@ def nce_statistics(
         NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
     # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
-    # is far from underflow. A whole number is the same in float32 and in float64; a difference would be in all rows, and
+    # is far from underflow. A whole number is the same in float32 and float64; a difference would be in every row, and
     # the temperature's gradient adds them up. Without an offset the gradient of a single sample is exactly 0.
     known = _known_temperature(temperature) if ring.size * len(b) > 1 else None
     offset = float(math.ceil(1 / known)) if known is not None and 2 / known < MAX_SPREAD else None

@@ -101,7 +101,10 @@ BAD_JSONL = {
     "text": ('{"path": "a.mp4", "captions": [{"text": 5, "start": 0, "end": 1}]}\n', r"\.text must be text, got 5"),
     "not a list": ('{"path": "a.mp4", "captions": "hi"}\n', r":1: captions must be a list of objects, got 'hi'"),
     "not objects": ('{"path": "a.mp4", "captions": ["hi"]}\n', r":1: captions\[0\] must be an object, got 'hi'"),
-    "label": ('{"path": "a.mp4", "label": 1.5}\n', r":1: label must be a 64-bit integer, a string or a list .*got 1\.5"),
+    "label": (
+        '{"path": "a.mp4", "label": 1.5}\n',
+        r":1: label must be a 64-bit integer, a string or a list .*got 1\.5",
+    ),
     "large label": ('{"path": "a.mp4", "label": 9223372036854775808}\n', r":1: label must be a 64-bit integer"),
     "bytes": (GOOD.encode() + b'{"path": "\xff"}\n', r":2: the text must be UTF-8"),
     "empty": ("", r"must have at least one row, got none"),

@@ -176,7 +176,7 @@ def _jsonl_samples(path: Path, file: TextIO) -> Iterator[Sample]:
     for line, text in enumerate(file, 1):
         if text.isspace():
             continue
-        row = parse_json(path, line, "the row", text)
+        row = parse_json(path, line, "the row", text.rstrip())
         if not isinstance(row, dict):
             raise fault(path, line, "the row", f"be a JSON object, got {short(row)}", "One object per line.")
         check_keys(path, line, "", row, KEYS, required=("path",))

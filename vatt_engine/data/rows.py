@@ -137,7 +137,7 @@ class _JSONStream:
         while True:
             try:
                 found, end = self.decoder.raw_decode(self.text, self.place)
-                if end < len(self.text) or not self.read():  # a number may go on in the next piece
+                if len(self.text) - end > 2 or not self.read():  # a number may go on in the next piece: 1|e+3
                     self.place = end
                     return found
             except (ValueError, RecursionError) as refusal:

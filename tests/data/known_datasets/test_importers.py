@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from tests.data.known_datasets.genuine import (
@@ -16,6 +19,7 @@ from tests.data.known_datasets.genuine import (
     lay_out,
 )
 from vatt_engine.cli import main
+from vatt_engine.data import decode_clip
 from vatt_engine.data.datasets import DATASETS, import_dataset
 from vatt_engine.data.manifest import Caption, ManifestError, read_manifest
 
@@ -259,6 +263,24 @@ def test_imagenet(imported):
     assert labels(samples["val"]) == {"ILSVRC/val/n01443537/ILSVRC2012_val_00000293.JPEG": 1}
 
 
+def test_an_image_is_a_clip_of_one_frame(tmp_path):
+    import av
+
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 48, "yuvj420p", Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 200, np.uint8), format="rgb24").reformat(format="yuvj420p")
+    frame.pts = 0
+    content = b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+    path = tmp_path / "val" / "n01443537" / "ILSVRC2012_val_00000293.JPEG"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    (result,) = import_dataset("imagenet", media=tmp_path, out=tmp_path / "out", splits=["val"])
+    clip = decode_clip(read_manifest(result.manifest)[0].path, 0.0, num_frames=4)
+    assert (clip.num_real_frames, clip.audio) == (1, None)
+    assert clip.video.shape == (4, 48, 64, 3)
+    assert (clip.video.float() - 200).abs().max() <= 2
+
+
 def test_byte_order_marks_and_line_ends_change_nothing(imported):
     for name, files in FILES.items():
         plain, *_ = imported(name, folder=f"{name}-plain")
@@ -271,8 +293,6 @@ def test_byte_order_marks_and_line_ends_change_nothing(imported):
 
 
 def test_the_media_folder_is_walked_once_and_files_are_not_asked_for(imported, monkeypatch):
-    import os
-
     calls = []
     real = os.stat
     monkeypatch.setattr(os, "stat", lambda path, *args, **kw: calls.append(str(path)) or real(path, *args, **kw))

@@ -108,9 +108,10 @@ class MediaFolder:
             fits = []
             for path in self.paths.get(stem, ()):
                 folders = [plain(folder) for folder in path.split("/")[:-1]]
-                if not (wanted and folders and folders[-1] in classes - wanted):
-                    suffix = self.suffixes.index(path.rpartition(".")[2].lower())
-                    fits.append((-len(wanted.intersection(folders)), suffix, path))
+                if wanted and folders and folders[-1] in classes and folders[-1] not in wanted:
+                    continue
+                suffix = self.suffixes.index(path.rpartition(".")[2].lower())
+                fits.append((-len(wanted.intersection(folders)), suffix, path))
             if fits:
                 return min(fits)[2]
         return None
@@ -193,7 +194,7 @@ def numbered(path: Path, rows: Iterable[tuple[int, str, str]]) -> dict[str, int]
         lines[value] = line
     for expected, value in enumerate(sorted(lines)):
         if value != expected:
-            raise fault(path, lines[value], "the class number", f"follow another, got {value} and no {expected}")
+            raise fault(path, lines[value], "the class numbers", f"leave none out, got {value} but no {expected}")
     return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
 

@@ -185,11 +185,10 @@ def check_seconds(path: Path, line: int | str, field: str, value: Any) -> float:
 def seconds(path: Path, line: int, field: str, text: str) -> float:
     """Seconds from the text of a cell."""
     try:
-        return check_seconds(path, line, field, float(text))
-    except ValueError as refusal:
-        if isinstance(refusal, ManifestError):
-            raise
+        value = float(text)
+    except ValueError:
         raise fault(path, line, field, f"be a number of seconds, got {short(text)}") from None
+    return check_seconds(path, line, field, value)
 
 
 def is_unicode(text: str) -> bool:

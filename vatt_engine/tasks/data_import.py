@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     for split in splits:
         print(f"{split.manifest}: {split.num_samples} samples" + _classes(split.num_classes, config.name))
         for reason, count in split.left_out.items():
-            print(f"{split.missing}: {count} of {reason}")
+            print(f"{split.missing}: {count} left out, {reason}")
     return 0
 
 

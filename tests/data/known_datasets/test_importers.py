@@ -338,8 +338,8 @@ def test_command(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("train.jsonl: 2 samples of 4 classes (not 400: are all annotation files there?)")
     assert [line.partition(".jsonl: ")[2] for line in lines[1:3]] == [
-        "1 of no file",
-        "1 of a file that an earlier row names",
+        "1 left out, no file",
+        "1 left out, a file that an earlier row names",
     ]
     assert not list((tmp_path / "out").glob(".*"))
     assert main(["data", "import", "kinetics500", "--media", "m", "--out", "o"]) == 2

@@ -120,10 +120,10 @@ def _msrvtt_videos(path: Path, data: Any) -> tuple[dict[str, float], dict[str, s
         video, split = (_member(path, at, record, key, str) for key in ("video_id", "split"))
         check_keys(path, at, "", record, None, ("start time", "end time"))
         start, end = (check_seconds(path, at, key, record[key]) for key in ("start time", "end time"))
-        if end <= start or video in ends:
-            wanted = f"be later than start time ({start:g}), got {end:g}"
-            wanted = f"be given once, got {video!r} again" if video in ends else wanted
-            raise fault(path, at, "video_id" if video in ends else "end time", wanted)
+        if end <= start:
+            raise fault(path, at, "end time", f"be later than start time ({start:g}), got {end:g}")
+        if video in ends:
+            raise fault(path, at, "video_id", f"be given once, got {short(video)} again")
         ends[video] = round(end - start, 3)
         splits[video] = "val" if split == "validate" else split
     return ends, splits

@@ -184,11 +184,14 @@ def test_three_splits_of_ucf101(imported):
     assert all(not a & b for a, b in itertools.combinations(tests, 2))
 
 
-def test_ucf101_on_disk_under_the_other_spelling(imported):
-    name = "HandstandPushups/v_HandStandPushups_g01_c02.avi"
-    files = {**FILES["ucf101"], "testlist01.txt": f"{name}\n"}
-    samples, _, _ = imported("ucf101", "test1", files=files, media=[name.replace("HandS", "Hands")])
-    assert labels(samples["test1"]) == {name.replace("HandS", "Hands"): 1}
+@pytest.mark.parametrize("folder", ["HandstandPushups", "HandStandPushups"])
+@pytest.mark.parametrize(("listed", "on_disk"), [("Stand", "stand"), ("stand", "Stand")])
+def test_the_two_spellings_of_a_class_of_ucf101(imported, folder, listed, on_disk):
+    files = {**FILES["ucf101"], "testlist01.txt": f"{folder}/v_Hand{listed}Pushups_g01_c02.avi\n"}
+    media = f"HandstandPushups/v_Hand{on_disk}Pushups_g01_c02.avi"
+    samples, _, classes = imported("ucf101", "test1", files=files, media=[media])
+    assert labels(samples["test1"]) == {media: 1}
+    assert classes[1] == "HandstandPushups"
 
 
 def test_three_splits_of_hmdb51(imported):

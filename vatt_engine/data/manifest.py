@@ -19,6 +19,7 @@ from vatt_engine.data.rows import (
     is_unicode,
     opened,
     parse_json,
+    seconds,
 )
 from vatt_engine.schema import short
 
@@ -182,7 +183,7 @@ def _jsonl_samples(path: Path, file: TextIO) -> Iterator[Sample]:
     for line, text in enumerate(file, 1):
         if text.isspace():
             continue
-        row = parse_json(path, line, "the row", text)
+        row = parse_json(path, line, "the row", text.rstrip())
         if not isinstance(row, dict):
             raise fault(path, line, "the row", f"be a JSON object, got {short(row)}", "One object per line.")
         check_keys(path, line, "", row, KEYS, required=("path",))
@@ -223,13 +224,8 @@ def _csv_captions(path: Path, line: int, row: dict[str, str]) -> tuple[Caption, 
         return _captions(path, line, parse_json(path, line, "captions", row["captions"]))
     if not (row.get("caption") or row.get("start") or row.get("end")):
         return ()
-    times = {}
-    for key in ("start", "end"):
-        try:
-            times[key] = float(row[key])
-        except ValueError:
-            raise fault(path, line, key, f"be a number of seconds, got {short(row[key])}") from None
-    return _captions(path, line, [{"text": row["caption"], **times}], "")
+    start, end = (seconds(path, line, key, row[key]) for key in ("start", "end"))
+    return (checked_caption(path, line, "", row["caption"], start, end),)
 
 
 def _csv_label(cell: str | None) -> int | str | None:
@@ -237,26 +233,24 @@ def _csv_label(cell: str | None) -> int | str | None:
     return int(cell) if digits.isdecimal() and digits.isascii() and len(digits) < 19 else cell or None
 
 
-def _captions(path: Path, line: int, rows: Any, prefix: str | None = None) -> tuple[Caption, ...]:
+def _captions(path: Path, line: int, rows: Any) -> tuple[Caption, ...]:
     if rows is None:
         return ()
     if not isinstance(rows, list):
         raise fault(path, line, "captions", f"be a list of objects, got {short(rows)}")
     captions = []
     for i, row in enumerate(rows):
-        where = f"captions[{i}]" if prefix is None else prefix
+        where = f"captions[{i}]"
         if not isinstance(row, dict):
-            raise fault(
-                path, line, where, f"be an object, got {short(row)}", 'Write {"text": "...", "start": 0, "end": 1}.'
-            )
-        where += "." if where else ""
+            hint = 'Write {"text": "...", "start": 0, "end": 1}.'
+            raise fault(path, line, where, f"be an object, got {short(row)}", hint)
         if row.keys() != set(CAPTION_KEYS):
-            check_keys(path, line, where, row, CAPTION_KEYS, CAPTION_KEYS)
-        captions.append(checked_caption(path, line, where, row["text"], row["start"], row["end"]))
+            check_keys(path, line, f"{where}.", row, CAPTION_KEYS, CAPTION_KEYS)
+        captions.append(checked_caption(path, line, f"{where}.", row["text"], row["start"], row["end"]))
     return tuple(captions)
 
 
-def checked_caption(path: Path, line: int, where: str, text: Any, start: Any, end: Any) -> Caption:
+def checked_caption(path: Path, line: int | str, where: str, text: Any, start: Any, end: Any) -> Caption:
     """A caption whose text is text and whose times are seconds in order; `where` stands before a field's name."""
     if not isinstance(text, str) or not is_unicode(text):
         raise fault(path, line, f"{where}text" if where else "caption", f"be text, got {short(text)}")

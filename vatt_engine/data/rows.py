@@ -137,7 +137,7 @@ class _JSONStream:
         while True:
             try:
                 found, end = self.decoder.raw_decode(self.text, self.place)
-                if end < len(self.text) or not self.read():  # a number may go on in the next piece
+                if len(self.text) - end > 2 or not self.read():  # a number may go on in the next piece: 1|e+3
                     self.place = end
                     return found
             except (ValueError, RecursionError) as refusal:
@@ -163,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_keys(
-    path: Path, line: int, kind: str, row: Iterable[str], known: Iterable[str] | None, required: Iterable[str]
+    path: Path, line: int | str, kind: str, row: Iterable[str], known: Iterable[str] | None, required: Iterable[str]
 ) -> None:
     """Refuse a row without a required key or, unless None are `known`, with an unknown one."""
     missing = [key for key in required if key not in row]
@@ -176,10 +176,19 @@ def check_keys(
         raise fault(path, line, f"{kind}{missing[0]}", f"be given, got only {', '.join(map(str, row)) or 'nothing'}")
 
 
-def check_seconds(path: Path, line: int, field: str, value: Any) -> float:
+def check_seconds(path: Path, line: int | str, field: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
         raise fault(path, line, field, f"be a finite number of seconds >= 0, got {short(value)}")
     return float(value)
+
+
+def seconds(path: Path, line: int, field: str, text: str) -> float:
+    """Seconds from the text of a cell."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise fault(path, line, field, f"be a number of seconds, got {short(text)}") from None
+    return check_seconds(path, line, field, value)
 
 
 def is_unicode(text: str) -> bool:
@@ -187,7 +196,7 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def fault(path: Path, line: int, field: str, text: str, hint: str = "") -> ManifestError:
+def fault(path: Path, line: int | str, field: str, text: str, hint: str = "") -> ManifestError:
     return ManifestError(f"{path}:{line}: {field} must {text}. {hint}".rstrip())
 
 

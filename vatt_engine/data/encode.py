@@ -110,7 +110,7 @@ def write_pictures(
 ) -> int:
     """Encodes pictures [H, W, 3] as they come, shown at i / fps, into a file without sound; returns their number.
 
-    Only for options that keep the order (no B-frames): a packet is written as soon as it is made.
+    A packet is written as soon as it is made; avi, which stores no times, needs an encoder without B-frames for that.
     """
     import av
 

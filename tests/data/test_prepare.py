@@ -180,7 +180,7 @@ def test_pictures_are_near_those_of_the_file(tmp_path, codec):
 
 
 def test_parts_of_files_are_cut_and_their_captions_moved(media, tmp_path):
-    captions = [("before", 0.1, 0.5), ("into", 0.3, 0.7), ("within", 0.8, 9.0)]
+    captions = [("before", 0.1, 0.4), ("into", 0.3, 0.7), ("within", 0.8, 9.0)]
     captions = [{"text": text, "start": start, "end": end} for text, start, end in captions]
     spans = [{"start": 0.5, "end": 1.25}, {"start": 1.0}, {"start": 2.0, "end": 7.0}, {"start": 3.0, "end": 4.0}]
     rows = [{"path": str(media / "cfr.mkv"), "captions": captions} | span for span in spans]

@@ -13,6 +13,7 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
+    "flops": ("vatt_engine.tasks.flops", "parameters and FLOPs of a model, beside the paper's"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }
 

@@ -21,6 +21,7 @@ TINY = {
     "kept whole": {"video": {"drop_token": {"keep_rate": 1.0}}, "audio": {"drop_token": {"keep_rate": 1.0}}},
     "progressive": {"video": {"transformer": {"keep_rates": (0.9, 1.0, 0.5, 0.4)}}},
     "frozen linear text": {"text": {"encoder": "linear", "freeze_embedding": True}},
+    "T5's own text": {"text": {"style": "t5", "embedding_dim": 128}},
     "joint heads": {"heads": {"kind": "joint"}},
     "agnostic": {
         "backbone": "agnostic",

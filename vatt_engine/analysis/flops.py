@@ -198,7 +198,7 @@ def _text(config: TextConfig, shared: TransformerConfig | None, sentences: int) 
     n, per_row = config.max_words + 1, 2 * sentences * config.embedding_dim * transformer.dim
     if shared:
         yield _Cost("text stem", config.max_words * per_row, frozen, paper=config.max_words * per_row)
-    else:  # AGG goes through the projection too, so that its input always needs a gradient
+    elif config.style == "code":  # AGG goes through the projection too, so that its input always needs a gradient
         yield _Cost("text stem", n * per_row, paper=n * per_row)
     yield from _transformer("shared" if shared else "text", transformer, [n] * transformer.num_layers, sentences)
 

@@ -179,13 +179,20 @@ def _patches(
     yield _Cost(f"{modality} stem", 2 * kept * values * dim, 1, paper=2 * total * values * dim)
     if tower.pre_projection:
         yield _Cost(f"{modality} stem", 2 * kept * dim * dim)
-    tokens, others = [], kept
-    for rate in transformer.keep_rates or (1.0,) * transformer.num_layers:
-        others = max(1, int(rate * others)) if training else others
-        tokens.append(others + 1)
+    tokens = layer_tokens(tower, transformer, training)
     yield from _transformer(label, transformer, tokens)
     if label == modality and tower.post_projection:
         yield _Cost(f"{modality} projection", 2 * tokens[-1] * dim * tower.post_projection)
+
+
+def layer_tokens(tower: VideoConfig | AudioConfig, transformer: TransformerConfig, training: bool) -> list[int]:
+    """Tokens that each layer computes on, AGG included."""
+    total = math.prod(tower.grid)
+    tokens, others = [], tower.drop_token.num_kept(total) if training else total
+    for rate in transformer.keep_rates or (1.0,) * transformer.num_layers:
+        others = max(1, int(rate * others)) if training else others
+        tokens.append(others + 1)
+    return tokens
 
 
 def _text(config: TextConfig, shared: TransformerConfig | None, sentences: int) -> Iterator[_Cost]:

@@ -152,7 +152,7 @@ def _costs(config: ModelConfig, candidates: int, training: bool) -> Iterator[_Co
     widths = []
     for modality, tower in (("video", config.video), ("audio", config.audio)):
         transformer, label = (shared, "shared") if shared else (tower.transformer, modality)
-        yield from _patches(modality, tower, transformer, label, training, pooled=config.shared_projection)
+        yield from _patches(modality, tower, transformer, label, training)
         widths.append(tower.post_projection or transformer.dim)
     yield from _text(config.text, shared, candidates)
     if shared:
@@ -165,12 +165,7 @@ def _costs(config: ModelConfig, candidates: int, training: bool) -> Iterator[_Co
 
 
 def _patches(
-    modality: str,
-    tower: VideoConfig | AudioConfig,
-    transformer: TransformerConfig,
-    label: str,
-    training: bool,
-    pooled: int = 0,
+    modality: str, tower: VideoConfig | AudioConfig, transformer: TransformerConfig, label: str, training: bool
 ) -> Iterator[_Cost]:
     """Stem, transformer and projection of one clip's picture or sound."""
     dim, total = transformer.dim, math.prod(tower.grid)

@@ -6,12 +6,13 @@ width d, inner = heads * head_dim and feed-forward width f, per token:
     2 d (inputs of the norms) + 2 d (their outputs) + 4 inner (q, k, v and attention's output) + 2 f (around GELU)
 
 norms' inputs and statistics in float32, the rest in the precision of the products; a byte per dropped-out value. Under
-bf16 autocast the bfloat16 copies of the weights live as long. CUDA's context (0.5 to 1 GiB) and what the allocator
+bf16 autocast the bfloat16 copies of the weights live as long. CUDA's context, temporaries and what the allocator
 wastes come on top.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ class Sizes(NamedTuple):
     products: int
 
 
+@functools.cache
 def sizes(config: VATTConfig) -> Sizes:
     """Numbers of parameters by kind, frozen word vectors and buffers apart."""
     with torch.device("meta"):
@@ -130,17 +132,18 @@ def activation_bytes(
     With `checkpointing` that is the input of every layer, and all of the one layer that is being recomputed.
     """
     wide = 4 if precision == "fp32" else 2
-    total = 0
+    total = largest = 0
     for transformer, tokens, sequences, stem in _sequences(config, candidates):
         d, inner = transformer.dim, transformer.num_heads * transformer.head_dim
         norm = 4 * d + 8  # input, mean and deviation
         row = 2 * norm + wide * (2 * d + 4 * inner + 2 * transformer.ff_dim) + 4 * transformer.num_heads
         row += (2 * d + transformer.ff_dim) * (transformer.dropout > 0)  # masks
         layers = [sequences * n * row for n in tokens]
-        inputs = sum(sequences * n * 4 * d for n in tokens) + max(layers)
-        behind = sequences * tokens[-1] * (norm + d * (transformer.dropout > 0))
-        total += (inputs if checkpointing else sum(layers)) + behind + sequences * tokens[0] * wide * stem
-    return total
+        largest = max(largest, *layers)
+        total += sequences * sum(tokens) * 4 * d if checkpointing else sum(layers)
+        last = norm + d * (transformer.dropout > 0) + 4 * d * (wide == 4)  # heads keep AGG: a view of all, or a cast
+        total += sequences * (tokens[-1] * last + tokens[0] * wide * stem)
+    return total + (largest if checkpointing else 0)
 
 
 def _sequences(config: VATTConfig, candidates: int) -> Iterator[tuple[TransformerConfig, list[int], int, int]]:
@@ -169,7 +172,7 @@ def traffic(
 
     DDP reduces gradients to all, which sends twice their size. So do DeepSpeed's ZeRO-1 and 2 by default, which then
     gather the new weights. ZeRO-3 reduces gradients to their owners and gathers weights before the forward pass, and
-    before the backward pass only those that it had to let go.
+    before the backward pass only those that it had to let go. Masks, a byte per clip, are left out.
 
     >>> traffic(VATTConfig(), "single", 1, 32).total
     0.0
@@ -215,7 +218,8 @@ def step_seconds(
 
     Args:
         bandwidth: bytes per second that a GPU sends; None only for one GPU.
-        overlap: gradients and weights travel while products are computed; else after them.
+        overlap: gradients and ZeRO-3's weights travel while products are computed, the best there can be (the new
+            weights of ZeRO-1 and 2 come after the update); else everything travels after them.
         options: `precision`, `candidates` and `checkpointing`, as for `memory`.
     """
     counted = {name: options[name] for name in ("candidates", "checkpointing") if name in options}
@@ -226,7 +230,7 @@ def step_seconds(
     if gpus == 1:
         return compute
     sent = traffic(config, strategy, gpus, clips, **{k: v for k, v in options.items() if k != "checkpointing"})
-    hidden = (sent.gradients + sent.weights) / bandwidth
+    hidden = (sent.gradients + (sent.weights if strategy == "zero3" else 0.0)) / bandwidth
     exposed = sent.total / bandwidth - hidden
     return exposed + (max(compute, hidden) if overlap else compute + hidden)
 
@@ -252,4 +256,4 @@ def measured_rate(folder: str | Path, precision: Precision, dim: int, *, device:
                     found.append((-abs(math.log(width / dim)), flops, rate))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: every line must be a result of our benchmarks, got {error!r}.") from error
-    return max(found, default=(0.0, 0.0, None))[2]
+    return max(found, key=lambda one: one[:2], default=(0.0, 0.0, None))[2]

@@ -66,7 +66,7 @@ def vit_config(
     hidden = _first(weights, [f"{layer.format(0)}{name}.weight" for layer, name in zip(_LAYERS, _NAMES["ff_in"])])
     norms = [layer + name + ".weight" for layer, name in zip(_LAYERS, _NAMES["ff_norm"])]
     height, width = patch.shape[2:]
-    num_heads = num_heads or dim // 64
+    num_heads = num_heads or max(1, dim // 64)
     return VideoConfig(
         num_frames=num_frames,
         frame_size=(side * height, side * width),

@@ -14,6 +14,8 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "data": ("vatt_engine.tasks.data", "manifests of known datasets from their annotation files"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
+    "flops": ("vatt_engine.tasks.flops", "parameters and FLOPs of a model, beside the paper's"),
+    "scale": ("vatt_engine.tasks.scale", "memory, traffic and speed of a run on paper, before renting GPUs"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }
 

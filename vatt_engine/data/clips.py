@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from vatt_engine.data.augment import augment_audio, augment_video, center_crop
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Caption, Sample
 from vatt_engine.data.media import Clip, Media, MediaError, Track
+from vatt_engine.data.order import generator_of
 from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window
 from vatt_engine.data.words import Vocabulary
 
@@ -138,13 +138,3 @@ class ClipReader:
         if worded.any():  # a caption of punctuation alone is no candidate
             ids[~worded] = ids[worded][0]
         return ids, bool(worded.any())
-
-
-def hash_of(*numbers: int) -> int:
-    """63 bits of the numbers, alike on every machine."""
-    content = b"".join(number.to_bytes(16, "little", signed=True) for number in numbers)
-    return int.from_bytes(blake2b(content, digest_size=8).digest()) >> 1
-
-
-def generator_of(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_of(*numbers))

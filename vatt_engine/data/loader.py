@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from vatt_engine.batch import Batch
-from vatt_engine.data.clips import ClipReader, Row, generator_of, hash_of
+from vatt_engine.data.clips import ClipReader, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import MediaError
+from vatt_engine.data.order import generator_of, hash_of
 from vatt_engine.data.quarantine import Quarantine, QuarantineError
 from vatt_engine.data.words import Vocabulary
 

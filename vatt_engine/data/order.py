@@ -82,7 +82,7 @@ class Order:
         return found
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """The sample that stands in for an unusable one: a function of (seed, epoch, position, attempt), same source."""
+        """The sample in place of an unusable one, of its source: a function of (seed, epoch, position, attempt)."""
         source = int(self._sources[position % len(self._sources)])
         return self.begins[source] + hash_of(self.seed, epoch, position, attempt) % self.sizes[source]
 

@@ -50,6 +50,7 @@ from vatt_engine.data.streams import MEMBER_SUFFIXES
 FORMAT = "vatt_engine shards 1"
 INDEX = "index.jsonl"
 _BLOCK = 512
+_UNITS = {"video": "frames", "audio": "samples"}
 
 
 def read_samples(path: str | Path) -> list[Sample]:
@@ -88,17 +89,17 @@ def read_shards(path: str | Path) -> list[Sample]:
     samples: list[Sample] = []
     lines: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    count = 0
+    count, rates = 0, {}
     for row in read_index(index):
         if row.line == 1:
-            count = row.values["samples"]
+            count, rates = row.values["samples"], _rates(row)
         if row.values.get("kind") != "sample":
             continue
         count -= 1
         shard = row.get("shard", str, is_inside, "name a .tar in the index's folder")
         if names is not None and not any(fnmatchcase(shard, name) for name in names):
             continue
-        sample = _sample(row, shard, len(samples), sizes)
+        sample = _sample(row, shard, len(samples), sizes, rates)
         first = lines.setdefault(row.values["key"], row.line)
         if first != row.line:
             raise row.error("key", f"be there once, got {row.values['key']} on line {first} too")
@@ -163,7 +164,13 @@ def read_index(index: Path) -> Iterator[Row]:
         raise ManifestError(f"{index}: the index must be a readable file, got {error.strerror}. {hint}") from error
 
 
-def _sample(row: Row, shard: str, position: int, sizes: dict[str, int]) -> Sample:
+def _rates(header: Row) -> dict[str, float]:
+    """Frames and samples per second."""
+    fps = header.get("fps", float, lambda v: 0 < v < math.inf, "be a number above 0")
+    return {"video": fps, "audio": float(header.get("sample_rate", int, lambda v: v > 0, "be a count above 0"))}
+
+
+def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: dict[str, float]) -> Sample:
     key = row.get("key", str, lambda v: bool(re.fullmatch("[0-7][0-9a-f]{15}", v)), "be 16 hex digits of 63 bits")
     tar = row.index.parent / shard
     if shard not in sizes:
@@ -176,12 +183,14 @@ def _sample(row: Row, shard: str, position: int, sizes: dict[str, int]) -> Sampl
         if row.values.get(kind) is not None:
             within = Row(row.index, row.line, row.get(kind, dict, bool, "be an object"), f"{kind}.")
             names = [key + suffix for suffix in suffixes]
-            within.get("name", str, names.__contains__, f"be {' or '.join(names)}")
+            name = within.get("name", str, names.__contains__, f"be {' or '.join(names)}")
             offset = within.get("offset", int, lambda v: v > 0 and v % _BLOCK == 0, "be a positive multiple of 512")
             size = within.get("size", int, _is_count, "be a count of bytes")
             if offset + size > sizes[shard]:
                 raise within.error("size", f"end in {shard} of {sizes[shard]} bytes, got {offset} + {size}")
-            members[kind] = Member(tar, offset, size)
+            digest = within.get("sha256", str, lambda v: bool(re.fullmatch("[0-9a-f]{64}", v)), "be 64 hex digits")
+            length = within.get(_UNITS[kind], int, lambda v: v > 0, "be a count above 0")
+            members[kind] = Member(tar, offset, size, name[len(key) :], digest, length, rates[kind])
     if not members:
         raise row.error("video", "be given where audio is not, got neither")
     label = row.values.get("label")

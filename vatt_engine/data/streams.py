@@ -47,15 +47,17 @@ class MediaLimits:
     Args:
         max_pixels: height x width of a frame.
         max_seconds: length of the file.
+        max_bytes: size of the file.
         max_frames: frames (or audio packets) decoded for one window, from the key frame before it on.
     """
 
     max_pixels: int = 8192 * 8192
     max_seconds: float = 12 * 3600.0
+    max_bytes: int = 1 << 36
     max_frames: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_seconds", "max_frames"):
+        for name in ("max_pixels", "max_seconds", "max_bytes", "max_frames"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MediaLimits: {name} must be above 0, got {getattr(self, name)}.")
 
@@ -90,6 +92,9 @@ class Source:
             raise self.error(f"the path must name a file, got {what}.")
         if os.path.getsize(file) == 0:
             raise self.error("the file must hold media, got an empty file.")
+        size = member.size if member else os.path.getsize(file)
+        if size > limits.max_bytes:
+            raise self.error(f"the file must have at most {limits.max_bytes} bytes, got {size}.")
         if member:
             self._check_member(member)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vatt_engine.data.augment import augment_audio, augment_video, center_crop
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Caption, Sample
-from vatt_engine.data.media import Clip, Media, MediaError, Track
+from vatt_engine.data.media import Clip, Media, MediaError, Track, open_media
 from vatt_engine.data.order import generator_of
 from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window
 from vatt_engine.data.words import Vocabulary
@@ -128,7 +128,7 @@ class ClipReader:
         return duration if sample.end is None else min(sample.end, duration)
 
     def _media(self, sample: Sample) -> Media:
-        media = Media(sample.path, self.config.limits)
+        media = open_media(sample, self.config.limits)
         if not media.info.has_video:
             raise MediaError(sample.path, "the file must have a video track, got none.")
         return media

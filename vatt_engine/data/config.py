@@ -15,8 +15,9 @@ class DataConfig:
     """What a clip is, and how clips are loaded.
 
     Args:
-        train: manifest of the training set, .jsonl or .csv, or several.
-        weights: share of each of several manifests in the batches, up to a common factor; none: all files alike.
+        train: the training set: a manifest (.jsonl, .csv), a folder of prepared shards, or its tars `{00..99}.tar`; or
+            several of them.
+        weights: share of each of several sets in the batches, up to a common factor; none: all files alike.
         batch_size: clips per batch, over all ranks.
         num_frames: frames per clip, T.
         fps: frames per second of the clip, whatever the file has.

@@ -16,7 +16,8 @@ from torch import Tensor
 from vatt_engine.analysis.report import plot_losses
 from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.data.loader import Loader, QuarantineError, join_sources
-from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
@@ -209,7 +210,7 @@ def read_training_manifest(path: str) -> list[Sample]:
     if not path:
         hint = "`vatt demo-data DIRECTORY` makes a small world with one."
         raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
-    return read_manifest(path)
+    return read_samples(path)
 
 
 def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:

@@ -1,0 +1,284 @@
+"""Prepared shards: tars of transcoded tracks, read in place, and an index that says where each one lies.
+
+A folder holds `000000.tar`, `000001.tar`, ... (uncompressed, WebDataset's layout) and `index.jsonl`. The members of a
+sample are `<key>.mp4` (H.264), `<key>.webm` (VP9) or `<key>.avi` (MJPEG), `<key>.flac` and `<key>.json`; the key is the
+sample's id as 16 hex digits. Frame i is the picture on screen at i / fps and sample j of the sound, mono, is heard at
+j / sample_rate, of the same second 0. The index has one JSON object per line:
+
+    {"format": "vatt_engine shards 1", "fps": 10.0, "short_side": 256, "codec": "h264", "crf": 20, "gop": 10,
+     "sample_rate": 48000, "manifest": name, "manifest_sha256": ..., "rows": N, "part": "0/1",
+     "shards": ..., "samples": ..., "rejected": ..., "seconds": ...}
+    {"kind": "sample", "key": ..., "path": source, "line": of the manifest, "shard": "000000.tar",
+     "video": {"name", "offset", "size", "sha256", "frames", "width", "height"} or null,
+     "audio": {"name", "offset", "size", "sha256", "samples"} or null, "json": {"name", "offset", "size", "sha256"},
+     "duration": of the source in seconds, "captions": [{"text", "start", "end"}], "label": ...}
+    {"kind": "rejected", "path": source, "line": of the manifest, "reason": ...}
+    {"kind": "shard", "name": "000000.tar", "size": ..., "sha256": ..., "samples": ...}
+
+Offset and size are those of the member's content in its tar, in bytes. Samples stand in the manifest's order. The
+sound ends where the source's does and never after the last frame; a clip begins at a frame: the one on screen at its
+start, floor((start + 1 ms) * fps) / fps, for picture and sound.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from itertools import product
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from vatt_engine.data.manifest import (
+    ManifestError,
+    Member,
+    Sample,
+    _captions,
+    _error,
+    _json,
+    _short,
+    read_manifest,
+)
+from vatt_engine.data.streams import MEMBER_SUFFIXES
+
+FORMAT = "vatt_engine shards 1"
+INDEX = "index.jsonl"
+_BLOCK = 512
+_UNITS = {"video": "frames", "audio": "samples"}
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """The samples of a manifest (.jsonl, .csv) or of prepared shards (a folder, its index.jsonl, or tars by pattern).
+
+    Raises:
+        ManifestError: as read_manifest and read_shards.
+
+    >>> read_samples("shards/{000000..000099}.tar")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.is_dir() or path.name.endswith(".tar") or (path.suffix == ".jsonl" and is_index(path)):
+        return read_shards(path)
+    return read_manifest(path)
+
+
+def read_shards(path: str | Path) -> list[Sample]:
+    """Read the index of prepared shards; no tar is opened, and nothing is ever extracted.
+
+    Args:
+        path: the folder, its index.jsonl, or tars beside it: `shards/{000000..000099}.tar`, `shards/0000*.tar`.
+
+    Returns:
+        Samples in the manifest's order, with its ids; `path` is `shard/key`, `line` the index's.
+
+    Raises:
+        ManifestError: with `file:line:`; an unreadable or cut index, a wrong field, a name that leads out of the folder
+            or has no allowed suffix, a member outside its tar, a tar that is missing, a sample that is there twice.
+
+    >>> read_shards("shards")[0].video.offset  # doctest: +SKIP
+    """
+    path = Path(path)
+    index, names = (path / INDEX, None) if path.is_dir() else (path, None)
+    if path.name.endswith(".tar"):
+        index, names = path.parent / INDEX, _expanded(path.name)
+    samples: list[Sample] = []
+    lines: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    count, rates = 0, {}
+    for row in read_index(index):
+        if row.line == 1:
+            count, rates = row.values["samples"], _rates(row)
+        if row.values.get("kind") != "sample":
+            continue
+        count -= 1
+        shard = row.get("shard", str, is_inside, "name a .tar in the index's folder")
+        if names is not None and not any(fnmatchcase(shard, name) for name in names):
+            continue
+        sample = _sample(row, shard, len(samples), sizes, rates)
+        first = lines.setdefault(row.values["key"], row.line)
+        if first != row.line:
+            raise row.error("key", f"be there once, got {row.values['key']} on line {first} too")
+        samples.append(sample)
+    if count:
+        raise ManifestError(f"{index}: the index must hold the samples its first line counts, {count} are missing.")
+    for name in names or ():
+        if not any(fnmatchcase(shard, name) for shard in sizes):
+            raise ManifestError(f"{path}: each tar must be in {index} with a sample, got {name}, which is not.")
+    if not samples:
+        raise ManifestError(f"{index}: the index must have at least one sample, got none.")
+    return samples
+
+
+def is_index(path: Path) -> bool:
+    """Whether a .jsonl file begins as an index of shards does."""
+    try:
+        with path.open("rb") as file:
+            return FORMAT.rpartition(" ")[0].encode() in file.read(64)
+    except OSError:
+        return False
+
+
+class Row(NamedTuple):
+    """One line of an index, or an object in it; `get` refuses what is not there, with file and line."""
+
+    index: Path
+    line: int
+    values: dict[str, Any]
+    prefix: str = ""
+
+    def get(self, name: str, kind: type, valid: Callable[[Any], bool], expectation: str) -> Any:
+        value = self.values.get(name)
+        if type(value) is not kind or not valid(value):
+            raise self.error(name, f"{expectation}, got {_short(value)}")
+        return value
+
+    def error(self, name: str, text: str) -> ManifestError:
+        return _error(self.index, self.line, self.prefix + name, text)
+
+
+def read_index(index: Path) -> Iterator[Row]:
+    """Each row of an index, the header first.
+
+    Raises:
+        ManifestError: not an index, or no JSON object on a line.
+    """
+    try:
+        with index.open(encoding="utf-8", newline="\n") as file:
+            for line, text in enumerate(file, 1):
+                row = Row(index, line, _json(index, line, "the row", text))
+                if not isinstance(row.values, dict):
+                    raise row.error("the row", f"be a JSON object, got {_short(row.values)}")
+                if line == 1:
+                    row.get("format", str, lambda value: value == FORMAT, f"be {FORMAT!r}")
+                    row.get("samples", int, _is_count, "be a count")
+                yield row
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{index}: the index must be UTF-8, got other bytes.") from error
+    except OSError as error:
+        hint = "`vatt prepare` writes it, and `vatt data merge` joins those of its parts."
+        raise ManifestError(f"{index}: the index must be a readable file, got {error.strerror}. {hint}") from error
+
+
+def _rates(header: Row) -> dict[str, float]:
+    """Frames and samples per second."""
+    fps = header.get("fps", float, lambda v: 0 < v < math.inf, "be a number above 0")
+    return {"video": fps, "audio": float(header.get("sample_rate", int, lambda v: v > 0, "be a count above 0"))}
+
+
+def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: dict[str, float]) -> Sample:
+    key = row.get("key", str, lambda v: bool(re.fullmatch("[0-7][0-9a-f]{15}", v)), "be 16 hex digits of 63 bits")
+    tar = row.index.parent / shard
+    if shard not in sizes:
+        try:
+            sizes[shard] = os.path.getsize(tar)
+        except OSError as error:
+            raise row.error("shard", f"be a readable file, got {shard}: {error.strerror}") from error
+    members = {}
+    for kind, suffixes in MEMBER_SUFFIXES.items():
+        if row.values.get(kind) is not None:
+            within = Row(row.index, row.line, row.get(kind, dict, bool, "be an object"), f"{kind}.")
+            names = [key + suffix for suffix in suffixes]
+            name = within.get("name", str, names.__contains__, f"be {' or '.join(names)}")
+            offset = within.get("offset", int, lambda v: v > 0 and v % _BLOCK == 0, "be a positive multiple of 512")
+            size = within.get("size", int, _is_count, "be a count of bytes")
+            if offset + size > sizes[shard]:
+                raise within.error("size", f"end in {shard} of {sizes[shard]} bytes, got {offset} + {size}")
+            digest = within.get("sha256", str, lambda v: bool(re.fullmatch("[0-9a-f]{64}", v)), "be 64 hex digits")
+            length = within.get(_UNITS[kind], int, lambda v: v > 0, "be a count above 0")
+            members[kind] = Member(tar, offset, size, name[len(key) :], digest, length, rates[kind])
+    if not members:
+        raise row.error("video", "be given where audio is not, got neither")
+    label = row.values.get("label")
+    if isinstance(label, list):
+        label = tuple(row.get("label", list, lambda v: all(type(n) is int for n in v), "be numbers"))
+    elif label is not None and type(label) is not int:
+        row.get("label", str, lambda _: True, "be a number, numbers or a name")
+    duration = row.get("duration", float, lambda v: 0 < v < math.inf, "be seconds above 0")
+    captions = _captions(row.index, row.line, row.values.get("captions"))
+    return Sample(position, int(key, 16), tar / key, captions, label, row.line, duration=duration, **members)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a shard's name stays in the folder of its index."""
+    parts = PurePosixPath(name).parts
+    return name.endswith(".tar") and "\0" not in name and not name.startswith("/") and ".." not in parts
+
+
+def _is_count(value: int) -> bool:
+    return value >= 0
+
+
+def _expanded(name: str) -> list[str]:
+    """The names that {000..099} stands for; * ? [] are left to fnmatch."""
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", name)
+    spans = [range(int(a), int(b) + 1) for a, b in zip(parts[1::3], parts[2::3])]
+    widths = [len(a) for a in parts[1::3]]
+    return [
+        "".join(f"{text}{number:0{width}}" for text, number, width in zip(parts[::3], numbers, widths)) + parts[-1]
+        for numbers in product(*spans)
+    ]
+
+
+class ShardWriter:
+    """One tar, whole or not at all: a temporary file until `close`. The same members make the same bytes.
+
+    >>> with ShardWriter(Path("000000.tar")) as shard:
+    ...     entry = shard.add("00000000000000ff.json", b"{}")
+    >>> entry["offset"], entry["size"], shard.size
+    (512, 2, 10240)
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.size, self.samples = path, 0, 0
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._file = self._temporary.open("wb")
+        self._sha256 = sha256()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+            self._temporary.unlink()
+
+    def add(self, name: str, content: bytes | Path) -> dict[str, Any]:
+        """Append a member; its name, offset, size and SHA-256."""
+        size = len(content) if isinstance(content, bytes) else os.path.getsize(content)
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset, digest = self.size, sha256()
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                self._write(block)
+        self._write(bytes(-size % _BLOCK))
+        return {"name": name, "offset": offset, "size": size, "sha256": digest.hexdigest()}
+
+    def close(self) -> dict[str, Any]:
+        """End the tar and give it its name; its line of the index."""
+        self._write(bytes(2 * _BLOCK))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        digest = self._sha256.hexdigest()
+        return {"kind": "shard", "name": self.path.name, "size": self.size, "sha256": digest, "samples": self.samples}
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+        self.size += len(content)
+
+
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -210,6 +210,9 @@ class Media:
             seconds = duration or max(info.duration for info in infos.values())
             self.info = self.info._replace(duration=seconds, video_end=seconds if self.info.has_video else None)
         self._check_limits()
+        if self.info.video_end is not None and self.info.video_end < self.info.duration - 0.5:
+            text = f"last as long as the file, {self.info.duration:.3f} s, got {self.info.video_end:.3f} s"
+            self._notes.append(f"the video must {text}.")
 
     def frames_left(self, start: float, fps: float) -> int:
         """Frames at `fps` from `start` to the end of the file, at least 1."""

@@ -201,7 +201,7 @@ class Media:
         else:
             self._sources = dict.fromkeys(("video", "audio"), Source(path, limits))
         self._source, self._in_shard, self._notes = next(iter(self._sources.values())), bool(members), []
-        infos = {source: self._opened(source) for source in self._sources.values()}
+        infos = {source: self._opened(source) for source in dict.fromkeys(self._sources.values())}
         self.info = next(iter(infos.values()))
         if members:
             if len(infos) == 2:

@@ -226,7 +226,7 @@ def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
     other = tmp_path / "other.jsonl"
     lines = world.train.read_text().splitlines()
     other.write_text("\n".join(line.replace('"train/', f'"{world.train.parent}/train/') for line in lines))
-    with pytest.raises(ValueError, match=r"got other files .* Resume with the same data\.train"):
+    with pytest.raises(ValueError, match=r"got other files or weights .* Resume with the same data\.train"):
         pretrain(replace(config, {"data.train": str(other)}), resume=True)
 
 

@@ -92,7 +92,7 @@ class ClipReader:
         """The row of a decoded sample, with the captions of the sample nearest to its window."""
         captions = [c for c in captions_within(sample.captions, decoded.end) if c.end >= sample.start]
         notes, left_out = [decoded.note] if decoded.note else [], len(sample.captions) - len(captions)
-        if left_out and sample.end is None:
+        if left_out and (sample.start, sample.end) == (0, None):
             notes.append(f"captions must begin within the {decoded.end:.3f} s of the file, got {left_out} later.")
         elif left_out:
             span = f"{sample.start:.3f} to {decoded.end:.3f} s"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vatt_engine.analysis.report import plot_losses
 from vatt_engine.batch import Batch, Embeddings
-from vatt_engine.data.loader import Loader, QuarantineError
-from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.data.loader import Loader, QuarantineError, join_sources
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
@@ -98,13 +99,14 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     config.check_shapes()
 
     # ------------------------------------------------ words, data, model, loss
-    samples = read_training_manifest(config.data.train)
+    samples, sizes = join_sources([read_training_manifest(path) for path in config.data.sources])
     resume = _open_run(run_dir, resume)
     vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
-    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=run_dir / "quarantine.jsonl")
+    quarantine = run_dir / "quarantine.jsonl"
+    loader = Loader(samples, config.data, vocabulary, sizes=sizes, seed=seed, quarantine=quarantine)
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
@@ -119,6 +121,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     steps, board = config.engine.steps, config.engine.tensorboard
     with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:
@@ -144,14 +147,14 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, s
         start = time.perf_counter()
         place = loader.state_dict()
         try:
-            micro_batches = [next(batches) for _ in range(every.accumulate)]
+            batch = next(batches)
         except QuarantineError:  # too many bad files: what was learned so far is kept
             loader.load_state_dict(place)
             _save(engine, loader, config, log)
             raise
         waited += time.perf_counter() - start
-        window.append(engine.step(micro_batches))
-        clips += sum(map(len, micro_batches))
+        window.append(engine.step(batch.split(every.accumulate)))
+        clips += len(batch)
         last = engine.finished == every.steps or stop.received is not None
         if engine.finished % every.log_every == 0 or last:
             values = _summary(window) | {"data_seconds": waited, "skipped": engine.skipped}
@@ -207,7 +210,7 @@ def read_training_manifest(path: str) -> list[Sample]:
     if not path:
         hint = "`vatt demo-data DIRECTORY` makes a small world with one."
         raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
-    return read_manifest(path)
+    return read_samples(path)
 
 
 def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:
@@ -222,7 +225,7 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     if path is None:
         if not any(sample.captions for sample in samples):
             hint = "Train on video and audio alone with --data.num-candidates 0."
-            raise ConfigError(f"{config.data.train}: the manifest must have captions, got none. {hint}")
+            raise ConfigError(f"{', '.join(config.data.sources)}: the manifest must have captions, got none. {hint}")
         return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
     vocabulary = Vocabulary.load(path)
     if vocabulary.size > limit:

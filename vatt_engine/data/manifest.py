@@ -34,7 +34,7 @@ class Caption:
 class Member(NamedTuple):
     """A media file as bytes of another: a member of a tar shard, read where it lies.
 
-    `suffix` says what it is, `sha256` (hex) what its bytes must be; it has `count` frames or samples, `rate` per second.
+    `suffix` says what it is, `sha256` (hex) what its bytes are; it has `count` frames or samples, `rate` per second.
     """
 
     path: Path

@@ -208,6 +208,11 @@ class Media:
             self.info = self.info._replace(duration=seconds, video_end=seconds if self.info.has_video else None)
         self._check_limits()
 
+    @property
+    def duration(self) -> float:
+        """Seconds on the common clock."""
+        return self.info.duration
+
     def frames_left(self, start: float, fps: float) -> int:
         """Frames at `fps` from `start` to the end of the file, at least 1."""
         return max(1, round((self.info.duration - start) * fps))

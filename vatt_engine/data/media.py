@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from vatt_engine.data.manifest import Member, Sample
 from vatt_engine.data.streams import DEFAULT_LIMITS, ROUNDING, MediaError, MediaLimits, Reach, Source, scaled_size
 
 ESTIMATED = {"mp3", "aac", "ac3", "eac3", "h264", "hevc", "m4v", "mpegvideo"}  # bare streams: FFmpeg guesses a length
+BLOCK_SECONDS = 600  # of sound in memory at a time where it is streamed
 _OF_AUDIO = ("has_audio", "audio_codec", "sample_rate", "audio_end")  # fields of MediaInfo
 
 __all__ = [
@@ -234,7 +235,8 @@ class Media:
         if not 0 <= start < self.info.duration:
             raise self._source.error(f"start must be in [0, {self.info.duration:.3f}) s, got {start}.")
         if self._in_shard and self.info.fps:
-            start = math.floor((start + ROUNDING) * self.info.fps) / self.info.fps
+            last = math.ceil((self.info.duration - ROUNDING) * self.info.fps) - 1
+            start = max(0, min(math.floor((start + ROUNDING) * self.info.fps), last)) / self.info.fps
         period = self.frames_left(start, fps)
         video, audio, num_real, reached = None, None, 0, {}
         with self._source.faults():
@@ -244,7 +246,7 @@ class Media:
             if self.info.has_video and num_frames:
                 times = [start + i / fps for i in range(min(num_frames, period))]
                 video, reached["video"] = self._sources["video"].frames(times, self.info.fps, short_side)
-            self._check_reached(start, reached)
+            self.check_reached(start, reached)
         return _repeated(video, audio, start, num_frames, num_samples, num_real)
 
     def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> Track:
@@ -255,6 +257,27 @@ class Media:
             0.0, num_frames=count, fps=fps, num_samples=num_samples, sample_rate=sample_rate, short_side=short_side
         )
         return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples)
+
+    def pictures(
+        self, start: float, num_frames: int, *, fps: float, short_side: int | None, reached: dict[str, Reach]
+    ) -> Iterator[Tensor]:
+        """What `read` gives as video, one by one [H, W, 3] with even sides; check `reached` at the end."""
+        times = [start + i / fps for i in range(num_frames)]
+        with self._source.faults():
+            yield from self._sources["video"].pictures(times, self.info.fps, short_side, reached, multiple=2)
+
+    def sound(self, start: float, num_samples: int, sample_rate: int, reached: dict[str, Reach]) -> Iterator[Tensor]:
+        """What `read` gives as audio, in pieces [L] up to the last sample of the track; check `reached` at the end."""
+        silent, step = 0, BLOCK_SECONDS * sample_rate
+        with self._source.faults():
+            for begin in range(0, num_samples, step):
+                length = min(step, num_samples - begin)
+                block = self._sources["audio"].waveform(start + begin / sample_rate, length, sample_rate)
+                wave, num_real, reached["audio"] = block
+                if num_real:
+                    yield torch.cat([torch.zeros(silent), wave[:num_real]])
+                    silent = 0
+                silent += length - num_real
 
     def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> int:
         """The memory that `read_all` will need."""
@@ -279,7 +302,7 @@ class Media:
             text = f"the file must last at most {limits.max_seconds:g} s, got {info.duration:g} s."
             raise self._source.error(text)
 
-    def _check_reached(self, start: float, reached: dict[str, Reach]) -> None:
+    def check_reached(self, start: float, reached: dict[str, Reach]) -> None:
         """Damaged files often end early without an error: compare what came with what the container promises."""
         for kind, reach in reached.items():
             promise = self.info.video_end if kind == "video" else self.info.audio_end

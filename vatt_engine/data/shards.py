@@ -28,7 +28,7 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from itertools import product
@@ -49,6 +49,7 @@ from vatt_engine.data.streams import MEMBER_SUFFIXES
 
 FORMAT = "vatt_engine shards 1"
 INDEX = "index.jsonl"
+TOTALS = ("shards", "samples", "rejected", "seconds")  # of the first line; the rest of it are settings
 _BLOCK = 512
 _UNITS = {"video": "frames", "audio": "samples"}
 
@@ -121,6 +122,59 @@ def is_index(path: Path) -> bool:
             return FORMAT.rpartition(" ")[0].encode() in file.read(64)
     except OSError:
         return False
+
+
+def merge_shards(out: str | Path, folders: Sequence[str | Path] = ()) -> Path:
+    """Join the indexes of all parts that `vatt prepare --part i/n` made into out/index.jsonl; no tar is moved.
+
+    Args:
+        out: the folder that holds the parts.
+        folders: below it, with an index each; none: the parts' indexes are in `out` itself.
+
+    Raises:
+        ManifestError: an index is wrong, or a sample is in two of them.
+        ValueError: a part is missing, is there twice, was made with other settings or lies elsewhere.
+
+    >>> merge_shards("shards")  # doctest: +SKIP
+    """
+    out, places = Path(out), [Path(folder) for folder in folders] or [Path(out)]
+    found = [path for place in places for path in sorted(place.glob("index*-of-*.jsonl"))]
+    headers = {index: next(read_index(index)).values for index in found}
+    if not found:
+        raise ValueError(f"merge: {out} must hold indexes of parts, index-i-of-n.jsonl, got none.")
+    first, parts = headers[found[0]], {}
+    for index, header in headers.items():
+        for name in sorted((first.keys() | header.keys()) - {"part", *TOTALS}):
+            if header.get(name) != first.get(name):
+                text = f"be {first.get(name)!r} as in {found[0]}, got {header.get(name)!r}"
+                raise ValueError(f"merge: {name} of {index} must {text}. Prepare all parts with the same flags.")
+        other = parts.setdefault(header["part"], index)
+        if other != index or not index.is_relative_to(out):
+            where = f"be given once, got {other} too" if other != index else f"lie in {out}"
+            raise ValueError(f"merge: the part {header['part']} of {index} must {where}.")
+    count = int(found[0].stem.rpartition("-")[2])
+    order = [f"{part}/{count}" for part in range(count)]
+    missing = [part for part in order if part not in parts]
+    if missing or len(parts) > count:
+        raise ValueError(f"merge: all {count} parts must be there, {', '.join(missing)} are missing.")
+    totals = {name: sum(headers[parts[part]][name] for part in order) for name in TOTALS}
+    temporary = out / f".{INDEX}.tmp"
+    keys: dict[str, Row] = {}
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json_line(first | {"part": "0/1"} | totals))
+        for index in map(parts.get, order):
+            prefix = index.parent.relative_to(out)
+            for row in read_index(index):
+                for name in ("shard", "name"):
+                    if name in row.values:
+                        row.values[name] = (prefix / row.values[name]).as_posix()
+                if "key" in row.values and (other := keys.setdefault(row.values["key"], row)) is not row:
+                    raise row.error("key", f"be in one part, got one of {other.index}:{other.line} too")
+                if row.line > 1:
+                    file.write(json_line(row.values))
+    read_shards(temporary)
+    replace_synced(temporary, out / INDEX)
+    return out / INDEX
 
 
 class Row(NamedTuple):
@@ -267,10 +321,8 @@ class ShardWriter:
         """End the tar and give it its name; its line of the index."""
         self._write(bytes(2 * _BLOCK))
         self._write(bytes(-self.size % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self.path)
+        replace_synced(self._temporary, self.path)
         digest = self._sha256.hexdigest()
         return {"kind": "shard", "name": self.path.name, "size": self.size, "sha256": digest, "samples": self.samples}
 
@@ -278,6 +330,24 @@ class ShardWriter:
         self._file.write(content)
         self._sha256.update(content)
         self.size += len(content)
+
+
+def replace_synced(temporary: Path, path: Path) -> None:
+    """Give a finished file its name: after this, neither a kill nor a power cut leaves half of it."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_synced(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    replace_synced(temporary, path)
 
 
 def json_line(row: dict[str, Any]) -> str:

@@ -228,6 +228,8 @@ def damaged(folder, samples, kinds):
         elif damage == "junk":  # as the index says, and yet no media
             content[begin:end] = torch.randint(0, 256, (member.size,), dtype=torch.uint8).numpy().tobytes()
             member = member._replace(sha256=hashlib.sha256(content[begin:end]).hexdigest())
+        elif damage == "cut":  # of the last member: the tar ends in its middle
+            del content[begin + member.size // 2 :]
         elif damage == "fewer frames":
             member = member._replace(count=member.count + 20)
             found[index] = replace(found[index], duration=found[index].duration + 2)
@@ -241,7 +243,8 @@ def damaged(folder, samples, kinds):
     "kinds",
     [
         {0: ("video", "flipped"), 1: ("video", "lost end"), 2: ("audio", "flipped"), 3: ("video", "empty")},
-        {0: ("audio", "lost end"), 1: ("video", "junk"), 2: ("audio", "junk"), 5: ("video", "fewer frames")},
+        {0: ("audio", "lost end"), 1: ("video", "junk"), 2: ("audio", "junk"), 3: ("video", "fewer frames")},
+        {3: ("audio", "empty"), 5: ("audio", "cut")},
     ],
     ids=lambda kinds: ", ".join(damage for _, damage in kinds.values()),
 )

@@ -163,8 +163,10 @@ class DaliReader(ClipReader):
             thread.stream = torch.cuda.Stream(self.device) if on_gpu else None
             gpu = {"device_id": thread.stream.device_index, "cuda_stream": thread.stream} if on_gpu else {}
             thread.context = ndd.EvalContext(num_threads=1, **gpu)
-        with torch.cuda.stream(thread.stream), thread.context, ndd.EvalMode.sync_cpu:
-            yield
+        try:
+            with torch.cuda.stream(thread.stream), thread.context, ndd.EvalMode.sync_cpu:
+                yield
+        finally:
             if on_gpu:
                 thread.stream.synchronize()
 
@@ -256,7 +258,8 @@ class DaliMedia:
     def _content(self, kind: str) -> Any:
         import nvidia.dali.experimental.dynamic as ndd
 
-        return ndd.as_tensor(torch.frombuffer(read_member(getattr(self.sample, kind)), dtype=torch.uint8))
+        content = read_member(getattr(self.sample, kind), self.sample.path)
+        return ndd.as_tensor(torch.frombuffer(content, dtype=torch.uint8))
 
     @contextmanager
     def _faults(self, kind: str) -> Iterator[None]:

@@ -282,4 +282,5 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 NCE_MEMORY = [NCE(batch=batch << 10, dim=64) for batch in (4, 8, 16, 32, 64)]  # of one curve
+NCE_LARGEST = NCE(batch=131_072, dim=512)  # that a CPU is asked for
 SHAPES["sample_keep"] = SHAPES["drop_token"]

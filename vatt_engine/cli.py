@@ -13,7 +13,7 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "prepare": ("vatt_engine.tasks.prepare", "transcode the files of a manifest into shards, once"),
-    "data": ("vatt_engine.tasks.data", "merge: work on prepared shards"),
+    "data": ("vatt_engine.tasks.data", "manifests of known datasets; one index for prepared parts"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }

@@ -10,7 +10,7 @@ import torch
 
 from vatt_engine.data import dali
 from vatt_engine.data.clips import ClipReader
-from vatt_engine.data.dali import DaliLoader, DaliReader, area_scaled, build_loader, dali_missing
+from vatt_engine.data.dali import DaliLoader, DaliReader, build_loader, dali_missing
 from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import DataConfig, Loader
 from vatt_engine.data.manifest import Sample
@@ -63,8 +63,8 @@ def write_shard(folder, codec, num_samples=6):
             row = {"kind": "sample", "key": key, "shard": "000000.tar", "duration": count / 10, "label": number}
             row["video"] = shard.add(video.name, video) | {"frames": count, "width": SIZE[1], "height": SIZE[0]}
             if number != 4:
-                phase = 6.2832 * torch.arange(count * 4800) / 48_000
-                wave = 0.4 * torch.sin((300 + 50 * number) * phase) + 0.2 * torch.sin(1700 * phase)
+                generator = torch.Generator().manual_seed(number)
+                wave = 0.1 * torch.randn(count * 4800, generator=generator)  # all frequencies
                 write_media(sound, None, waveform=wave, sample_rate=48_000)
                 row["audio"] = shard.add(sound.name, sound) | {"samples": len(wave)}
             rows.append(row | {"captions": [{"text": f"clip {NUMBERS[number]}", "start": 0.0, "end": 1.0}]})
@@ -156,15 +156,13 @@ def test_frames_are_those_that_were_written(samples):
 @needs_dali
 @pytest.mark.parametrize("rate", [12_000, 16_000])
 def test_resampled_sound_is_pyavs(samples, rate):
-    """Resamplers differ: 40 dB, and 0.001; at the ends of a track DALI sees silence and libswresample its mirror."""
+    """50 dB, of white noise; only the first samples of a track differ, before which libswresample sees its mirror."""
+    config = replace(SMALL, sample_rate=rate, num_samples=rate // 2)
     for start in (0.0, 0.3, 0.9):
-        ours, theirs = (
-            read_window(r, samples[3], start) for r in readers(replace(SMALL, sample_rate=rate, num_samples=rate // 2))
-        )
-        error = ours.audio - theirs.audio
-        assert 10 * torch.log10(theirs.audio.square().mean() / error.square().mean()) > 40
-        assert start == 0.0 or error.abs().max() < 1e-3
+        ours, theirs = (read_window(r, samples[3], start) for r in readers(config))
         assert ours.num_real_samples == theirs.num_real_samples
+        ours, theirs = (clip.audio[0 if start else 32 :] for clip in (ours, theirs))
+        assert 10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()) > 50
 
 
 @needs_dali
@@ -284,15 +282,6 @@ def test_memory_stays(samples):
         before = resident()
         list(islice(batches, 20))
         assert resident() - before < 8
-
-
-def test_area_scaled_is_the_mean_of_areas():
-    frames = torch.randint(0, 256, (2, 12, 9, 3), dtype=torch.uint8)
-    tiles = frames.double().view(2, 4, 3, 3, 3, 3).mean((2, 4))
-    assert torch.equal(area_scaled(frames, 3, 4), tiles.round().byte())
-    row = torch.tensor([0, 90, 30], dtype=torch.uint8).view(1, 1, 3, 1)
-    assert area_scaled(row, 2, 1).flatten().tolist() == [30, 50]
-    assert area_scaled(frames, 9, 12) is frames
 
 
 @needs_dali

@@ -13,7 +13,7 @@ from hashlib import sha256
 import pytest
 import torch
 
-from vatt_engine.data import prepare as preparing
+from vatt_engine.data import transcode
 from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import Caption, ManifestError, Sample, read_manifest, sample_id
 from vatt_engine.data.media import open_media, probe
@@ -179,14 +179,13 @@ def test_pictures_are_near_those_of_the_file(tmp_path, codec):
     assert (10 * torch.log10(255**2 / error)).min() > 32  # the first and the last frame as well
 
 
-def test_parts_of_files_are_cut_and_their_captions_moved(media, tmp_path, monkeypatch):
-    captions = (Caption("before", 0.1, 0.5), Caption("into", 0.3, 0.7), Caption("within", 0.8, 9.0))
-    parts = [
-        Sample(i, 100 + i, media / "cfr.mkv", captions, line=i + 1, start=start, end=end)
-        for i, (start, end) in enumerate([(0.5, 1.25), (1.0, None), (2.0, 7.0), (3.0, 4.0)])
-    ]
-    monkeypatch.setattr(preparing, "read_manifest", lambda path: parts)
-    index = prepare(media / "all.jsonl", tmp_path / "out", SMALL)
+def test_parts_of_files_are_cut_and_their_captions_moved(media, tmp_path):
+    captions = [("before", 0.1, 0.5), ("into", 0.3, 0.7), ("within", 0.8, 9.0)]
+    captions = [{"text": text, "start": start, "end": end} for text, start, end in captions]
+    spans = [{"start": 0.5, "end": 1.25}, {"start": 1.0}, {"start": 2.0, "end": 7.0}, {"start": 3.0, "end": 4.0}]
+    rows = [{"path": str(media / "cfr.mkv"), "captions": captions} | span for span in spans]
+    (tmp_path / "parts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = prepare(tmp_path / "parts.jsonl", tmp_path / "out", SMALL)
     first, second, third = read_shards(index)
     times = [i / 25 for i in range(63)]
     for sample, start, end in ((first, 0.5, 1.25), (second, 1.0, 2.52), (third, 2.0, 2.52)):
@@ -296,10 +295,8 @@ def test_killed_at_any_moment_it_goes_on_and_makes_the_same_bytes(sounds, undist
             read_shards(out)
     done = {path.stem for path in (out / ".work").glob("*.json")}
     begun = []
-    begin = preparing._Worker.begin
-    monkeypatch.setattr(
-        preparing._Worker, "begin", lambda self, sample, *a: (begun.append(sample), begin(self, sample, *a))
-    )
+    ask = transcode._Worker.ask
+    monkeypatch.setattr(transcode._Worker, "ask", lambda self, sample: (begun.append(sample), ask(self, sample))[1])
     prepare(sounds / "all.jsonl", out, SMALL)
     assert contents(out) == undisturbed
     assert not done & {f"{sample.id:016x}" for sample in begun}
@@ -330,7 +327,7 @@ transcode.main()
 
 
 def test_a_file_that_crashes_or_hangs_ffmpeg_is_rejected_and_the_others_go_on(sounds, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "WORKER", MISCHIEF)
+    monkeypatch.setattr(transcode, "PROGRAM", MISCHIEF)
     config = PrepareConfig(workers=2, time_limit=5.0)
     index = prepare(sounds / "all.jsonl", tmp_path / "out", config)
     reasons = {row["path"]: row["reason"] for row in rows_of(index, "rejected")}
@@ -341,7 +338,7 @@ def test_a_file_that_crashes_or_hangs_ffmpeg_is_rejected_and_the_others_go_on(so
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "import os; os.kill(os.getpid(), 15)"])
 def test_a_worker_that_cannot_work_stops_the_run(sounds, tmp_path, monkeypatch, code):
-    monkeypatch.setattr(preparing, "WORKER", code)
+    monkeypatch.setattr(transcode, "PROGRAM", code)
     with pytest.raises(ChildProcessError, match=r"a worker must go on until the last file, got (exit code 3|SIGTERM)"):
         prepare(sounds / "all.jsonl", tmp_path / "out", SMALL)
 
@@ -350,7 +347,7 @@ def test_parts_joined_are_the_whole(sounds, undisturbed, tmp_path):
     for part in ("0/2", "1/2"):
         prepare(sounds / "all.jsonl", tmp_path, PrepareConfig(short_side=64, workers=1, shard_mib=1, part=part))
         if part == "0/2":
-            with pytest.raises(ValueError, match=r"all 2 parts must be there, 1/2 are missing"):
+            with pytest.raises(ValueError, match=r"part 1/2 must be there once, got none"):
                 merge_shards(tmp_path)
     index = merge_shards(tmp_path)
 
@@ -374,14 +371,14 @@ def check_refusals_of_merge(folder):
     first, second = folder / "index-0-of-2.jsonl", folder / "index-1-of-2.jsonl"
     whole = second.read_text()
     second.write_text(whole.replace('"fps": 10.0', '"fps": 12.0', 1))
-    with pytest.raises(ValueError, match=r"fps of .*index-1-of-2.jsonl must be 10.0 as in .*, got 12.0"):
+    with pytest.raises(ManifestError, match=r"index-1-of-2.jsonl:1: fps must be 10.0 as in .*, got 12.0"):
         merge_shards(folder)
     line = next(line for line in first.read_text().splitlines() if '"sample"' in line)
     second.write_text(f"{whole}{line}\n")
-    with pytest.raises(ManifestError, match=r"key must be in one part, got one of .*index-0-of-2.jsonl:2 too"):
+    with pytest.raises(ManifestError, match=r"key must be in one part, got .*index-0-of-2.jsonl:2 too"):
         merge_shards(folder)
     second.write_text(whole)
     (folder / "more").mkdir()
     shutil.copy(second, folder / "more")
-    with pytest.raises(ValueError, match=r"part 1/2 of .* must be given once"):
+    with pytest.raises(ValueError, match=r"part 1/2 must be there once, got .* and .*more"):
         merge_shards(folder, [folder, folder / "more"])

@@ -26,11 +26,11 @@ from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import Clip, MediaError, _repeated
+from vatt_engine.data.resample import area_scaled, resampled
 from vatt_engine.data.streams import ROUNDING, read_member, scaled_size
 from vatt_engine.data.words import Vocabulary
 
 CPU_SUFFIXES = (".webm", ".avi")  # VP9 and MJPEG; DALI's packages have no other decoder for the CPU
-MARGIN = 64  # samples at the new rate, beside the window, that the resampler needs
 
 
 def build_loader(
@@ -247,10 +247,7 @@ class DaliMedia:
         if len(wave) != member.count:
             raise self._error(f"the audio must have the {member.count} samples of the index, got {len(wave)}.")
         first = round(start * sample_rate)
-        if member.rate == sample_rate:
-            wave = wave[first : first + num_samples].to(self.device)
-        else:
-            wave = _resampled(wave, int(member.rate), first, num_samples, sample_rate, self.device)
+        wave = resampled(wave, int(member.rate), sample_rate, first, num_samples, self.device)
         num_real = len(wave)
         wave = torch.nn.functional.pad(wave, (0, num_samples - num_real))
         return wave.nan_to_num_().clamp_(-1, 1), num_real
@@ -274,39 +271,3 @@ class DaliMedia:
 
     def _error(self, reason: str) -> MediaError:
         return MediaError(self.sample.path, reason)
-
-
-def area_scaled(frames: Tensor, width: int, height: int) -> Tensor:
-    """[T, H, W, 3] uint8 scaled down: each new pixel is the mean of the area it covers (FFmpeg's "area").
-
-    >>> area_scaled(torch.tensor([0, 90, 30]).byte().view(1, 1, 3, 1), 2, 1).flatten()
-    tensor([30, 50], dtype=torch.uint8)
-    """
-    if tuple(frames.shape[1:3]) == (height, width):
-        return frames
-    rows, columns = (_shares(old, new).to(frames.device) for old, new in zip(frames.shape[1:3], (height, width)))
-    scaled = rows @ frames.permute(0, 3, 1, 2).float() @ columns.T
-    return scaled.round_().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _shares(old: int, new: int) -> Tensor:
-    """[new, old]: the part of each new pixel that lies in each old one."""
-    edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * old / new
-    place = torch.arange(old, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:], place + 1) - torch.maximum(edges[:-1], place)
-    return (overlap.clamp_(min=0) * new / old).float()
-
-
-def _resampled(wave: Tensor, old: int, first: int, count: int, new: int, device: torch.device) -> Tensor:
-    """Samples first..first + count at the rate `new`, as the whole track resampled has them; fewer where it ends."""
-    import nvidia.dali.experimental.dynamic as ndd
-
-    common = math.gcd(old, new)
-    block = max(first - MARGIN, 0) * common // new  # where a sample of either rate begins
-    begin, stop = block * old // common, -(-(first + count + MARGIN) * old // new)
-    piece = wave[begin:stop].to(device)
-    if not len(piece):
-        return piece
-    resampled = torch.from_dlpack(ndd.audio_resample(ndd.as_tensor(piece), in_rate=old, out_rate=new))
-    offset = first - block * new // common
-    return resampled[offset : offset + count]

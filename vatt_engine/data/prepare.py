@@ -12,27 +12,26 @@ import json
 import math
 import os
 import re
-import selectors
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from vatt_engine.data.manifest import Sample, read_manifest
-from vatt_engine.data.shards import FORMAT, INDEX, ShardWriter, json_line, read_index, replace_synced, write_synced
-from vatt_engine.data.transcode import CODECS
-
-WORKER = "from vatt_engine.data.transcode import main; main()"
-START_SECONDS = 600.0  # for a worker to import what it needs
-AHEAD = 64  # files per worker that may wait for a slower one before them
-STOPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from vatt_engine.data.shards import (
+    FORMAT,
+    INDEX,
+    ShardWriter,
+    json_line,
+    key_of,
+    read_index,
+    replace_synced,
+    write_synced,
+)
+from vatt_engine.data.transcode import CODECS, Transcoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class PrepareConfig:
             raise ValueError(f"PrepareConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}.")
         worst = CODECS[self.codec].worst
         limits = {"fps": (0.1, 120), "short_side": (16, 4096), "sample_rate": (8000, 192_000), "shard_mib": (1, 65536)}
-        limits |= {"workers": (0, 1024), "time_limit": (1, 86_400), "crf": (0, worst)}
+        limits |= {"workers": (0, 256), "time_limit": (1, 86_400), "crf": (0, worst)}
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -106,7 +105,7 @@ def prepare(
     Raises:
         ManifestError: as read_manifest.
         ValueError: `out` holds other work, or another process is at the same.
-        RuntimeError: a worker cannot start or cannot write.
+        ChildProcessError: a worker cannot start or cannot write.
 
     >>> prepare("clips/train.jsonl", "shards")  # doctest: +SKIP
     """
@@ -123,14 +122,10 @@ def prepare(
         return index
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(work, settings):
-        packer = _Packer(manifest.parent, out, work, settings, config.shard_mib << 20)
-        with _Workers(config, settings, work) as workers:
-            while packer.row < len(samples):
-                sample = samples[packer.row]
-                record = _read_record(work, sample)
-                if record is None:
-                    workers.step(samples, packer.row)
-                    continue
+        packer = _Packer(manifest.parent, out, work, settings)
+        todo = samples[packer.row :]
+        with Transcoders(config.workers or os.cpu_count() or 1, settings, work, config.time_limit) as transcoders:
+            for sample, record in zip(todo, transcoders.records(todo)):
                 packer.add(sample, record)
                 if progress:
                     progress(packer.row, packer.totals["rejected"], len(samples))
@@ -151,7 +146,7 @@ def _settings(manifest: Path, samples: Sequence[Sample], config: PrepareConfig) 
             raise ValueError(f"prepare: codec must be one that this FFmpeg encodes, got no {name}.") from None
     return {
         "format": FORMAT,
-        "fps": config.fps,
+        "fps": float(config.fps),
         "short_side": config.short_side,
         "codec": config.codec,
         "crf": codec.crf if config.crf is None else config.crf,
@@ -196,22 +191,12 @@ def shard_name(part: str, number: int) -> str:
     return f"{f'{i:04}-' if n > 1 else ''}{number:06}.tar"
 
 
-def _key(sample: Sample) -> str:
-    return f"{sample.id:016x}"
-
-
-def _read_record(work: Path, sample: Sample) -> dict[str, Any] | None:
-    try:
-        return json.loads((work / f"{_key(sample)}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-
-
 class _Packer:
     """Finished files into tars, in the manifest's order: `row` is the next one, behind those of committed tars."""
 
-    def __init__(self, root: Path, out: Path, work: Path, settings: dict[str, Any], limit: int):
-        self.root, self.out, self.work, self.settings, self.limit = root, out, work, settings, limit
+    def __init__(self, root: Path, out: Path, work: Path, settings: dict[str, Any]):
+        self.root, self.out, self.work, self.settings = root, out, work, settings
+        self.suffixes = {"video": CODECS[settings["codec"]].suffix, "audio": ".flac"}
         self.totals = {"shards": 0, "samples": 0, "rejected": 0, "seconds": 0.0}
         self.shard: ShardWriter | None = None
         self.rows: list[dict[str, Any]] = []  # of the index, since the last committed tar
@@ -241,27 +226,24 @@ class _Packer:
         if "reason" in record:
             row = {"kind": "rejected", **source, "reason": record["reason"]}
         else:
-            row = {"kind": "sample", "key": _key(sample), **source, **self._packed(sample, record)}
+            row = {"kind": "sample", "key": key_of(sample), **source, **self._packed(sample, record)}
         self.rows.append(row)
-        self.keys.append(_key(sample))
+        self.keys.append(key_of(sample))
         self._count(row)
-        if self.shard and self.shard.size >= self.limit:
+        if self.shard and self.shard.size >= self.settings["shard_mib"] << 20:
             self._commit()
 
     def _packed(self, sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
-        number = self.totals["shards"]
-        self.shard = self.shard or ShardWriter(self.out / shard_name(self.settings["part"], number))
-        key, about = (
-            _key(sample),
-            {"duration": record["duration"], "captions": _captions_of(sample), "label": sample.label},
-        )
-        members: dict[str, Any] = {}
-        for kind, suffix in (("video", CODECS[self.settings["codec"]].suffix), ("audio", ".flac")):
-            members[kind] = record[kind] and self.shard.add(key + suffix, self.work / (key + suffix)) | record[kind]
+        name, key = shard_name(self.settings["part"], self.totals["shards"]), key_of(sample)
+        self.shard = self.shard or ShardWriter(self.out / name)
+        row: dict[str, Any] = {"shard": name}
+        for kind, suffix in self.suffixes.items():
+            row[kind] = record[kind] and self.shard.add(key + suffix, self.work / (key + suffix)) | record[kind]
+        about = {"duration": record["duration"], "captions": _captions_of(sample), "label": sample.label}
         content = {name: self.settings[name] for name in ("fps", "sample_rate")} | about
-        members["json"] = self.shard.add(f"{key}.json", json.dumps(content, ensure_ascii=False).encode())
+        row["json"] = self.shard.add(f"{key}.json", json.dumps(content, ensure_ascii=False).encode())
         self.shard.samples += 1
-        return {"shard": self.shard.path.name, **members, **about}
+        return row | about
 
     def _commit(self) -> None:
         row = self.shard.close()
@@ -269,7 +251,7 @@ class _Packer:
         write_synced(self._committed(self.totals["shards"]), "".join(map(json_line, self.rows)))
         self._count(row)
         for key in self.keys:
-            for suffix in (".json", ".flac", CODECS[self.settings["codec"]].suffix):
+            for suffix in (".json", *self.suffixes.values()):
                 (self.work / (key + suffix)).unlink(missing_ok=True)
         self.shard, self.rows, self.keys = None, [], []
 
@@ -295,100 +277,3 @@ def _captions_of(sample: Sample) -> list[dict[str, Any]]:
         for c in sample.captions
         if whole or (c.start < end and c.end > start)
     ]
-
-
-class _Workers:
-    """Processes that transcode one file each; one that crashes or is silent too long is replaced, its file rejected."""
-
-    def __init__(self, config: PrepareConfig, settings: dict[str, Any], work: Path):
-        self.settings, self.work, self.limit = settings, work, config.time_limit
-        self.selector, self.row = selectors.DefaultSelector(), 0
-        self.count = config.workers or os.cpu_count() or 1
-
-    def __enter__(self) -> _Workers:
-        for _ in range(self.count):
-            self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in [key.data for key in self.selector.get_map().values()]:
-            self._end(worker)
-        self.selector.close()
-
-    def _start(self) -> None:
-        worker = _Worker(self.settings, self.work)
-        self.selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-
-    def _end(self, worker: _Worker) -> int:
-        self.selector.unregister(worker.process.stdout)
-        return worker.end()
-
-    def step(self, samples: Sequence[Sample], row: int) -> None:
-        """Give the files from `row` on, not too far ahead, to idle workers; wait a little for news of the busy ones."""
-        self.row, last = max(self.row, row), min(row + AHEAD * self.count, len(samples))
-        for worker in [key.data for key in self.selector.get_map().values()]:
-            while worker.sample is None and self.row < last:
-                if _read_record(self.work, samples[self.row]) is None:
-                    worker.begin(samples[self.row], self.limit)
-                self.row += 1
-        for key, _ in self.selector.select(1.0):
-            self._hear(key.data)
-        now = time.monotonic()
-        for worker in [key.data for key in self.selector.get_map().values()]:
-            if worker.sample and now > worker.deadline:
-                self._reject(worker, f"FFmpeg must go on within {self.limit:g} s, got no sign of life")
-
-    def _hear(self, worker: _Worker) -> None:
-        news = os.read(worker.process.stdout.fileno(), 1 << 16)
-        worker.deadline = time.monotonic() + self.limit
-        if b"\n" in news:
-            worker.sample = None
-        if not news:
-            code = worker.process.wait()
-            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            if code >= 0 or -code in STOPPED or worker.sample is None:
-                self._end(worker)
-                hint = "What it said stands above. The same call goes on."
-                raise ChildProcessError(f"prepare: a worker must go on until the last file, got {name}. {hint}")
-            self._reject(worker, f"FFmpeg must survive the file, got {name}")
-
-    def _reject(self, worker: _Worker, reason: str) -> None:
-        self._end(worker)
-        write_synced(self.work / f"{_key(worker.sample)}.json", json.dumps({"reason": f"{reason}."}))
-        self._start()
-
-
-class _Worker:
-    """A process of transcode.main, its file and the time by which it must be heard of."""
-
-    def __init__(self, settings: dict[str, Any], work: Path):
-        root = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps(settings), str(work)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
-        self.folder = work / f"worker-{self.process.pid}"
-        self.sample: Sample | None = None
-        self.deadline = time.monotonic() + START_SECONDS
-
-    def begin(self, sample: Sample, limit: float) -> None:
-        self.sample = sample
-        self.deadline = max(self.deadline, time.monotonic() + limit)
-        job = {"key": _key(sample), "path": str(sample.path), "start": sample.start, "end": sample.end}
-        with suppress(BrokenPipeError):  # it has died: its end will be heard
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def end(self) -> int:
-        """Kill the process, and remove what it left; its exit code."""
-        self.process.kill()
-        code = self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(BrokenPipeError):
-                pipe.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return code

@@ -31,25 +31,18 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from itertools import product
+from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vatt_engine.data.manifest import (
-    ManifestError,
-    Member,
-    Sample,
-    _captions,
-    _error,
-    _json,
-    _short,
-    read_manifest,
-)
+from vatt_engine.data.manifest import Member, Sample, _captions, _label, read_manifest
+from vatt_engine.data.rows import ManifestError, fault, opened, parse_json
 from vatt_engine.data.streams import MEMBER_SUFFIXES
+from vatt_engine.schema import short
 
 FORMAT = "vatt_engine shards 1"
 INDEX = "index.jsonl"
-TOTALS = ("shards", "samples", "rejected", "seconds")  # of the first line; the rest of it are settings
+TOTALS = {"shards": int, "samples": int, "rejected": int, "seconds": float}  # the first line's; the rest are settings
 _BLOCK = 512
 _UNITS = {"video": "frames", "audio": "samples"}
 
@@ -97,7 +90,7 @@ def read_shards(path: str | Path) -> list[Sample]:
         if row.values.get("kind") != "sample":
             continue
         count -= 1
-        shard = row.get("shard", str, is_inside, "name a .tar in the index's folder")
+        shard = _shard_of(row)
         if names is not None and not any(fnmatchcase(shard, name) for name in names):
             continue
         sample = _sample(row, shard, len(samples), sizes, rates)
@@ -137,41 +130,40 @@ def merge_shards(out: str | Path, folders: Sequence[str | Path] = ()) -> Path:
 
     >>> merge_shards("shards")  # doctest: +SKIP
     """
-    out, places = Path(out), [Path(folder) for folder in folders] or [Path(out)]
-    found = [path for place in places for path in sorted(place.glob("index*-of-*.jsonl"))]
-    headers = {index: next(read_index(index)).values for index in found}
+    out = Path(out)
+    found = [index for folder in folders or [out] for index in sorted(Path(folder).glob("index*-of-*.jsonl"))]
     if not found:
         raise ValueError(f"merge: {out} must hold indexes of parts, index-i-of-n.jsonl, got none.")
-    first, parts = headers[found[0]], {}
+    headers = {index: next(read_index(index)) for index in found}
+    first, count = headers[found[0]].values, int(found[0].stem.rpartition("-")[2])
+    parts: dict[str, list[Path]] = {f"{part}/{count}": [] for part in range(count)}
     for index, header in headers.items():
-        for name in sorted((first.keys() | header.keys()) - {"part", *TOTALS}):
-            if header.get(name) != first.get(name):
-                text = f"be {first.get(name)!r} as in {found[0]}, got {header.get(name)!r}"
-                raise ValueError(f"merge: {name} of {index} must {text}. Prepare all parts with the same flags.")
-        other = parts.setdefault(header["part"], index)
-        if other != index or not index.is_relative_to(out):
-            where = f"be given once, got {other} too" if other != index else f"lie in {out}"
-            raise ValueError(f"merge: the part {header['part']} of {index} must {where}.")
-    count = int(found[0].stem.rpartition("-")[2])
-    order = [f"{part}/{count}" for part in range(count)]
-    missing = [part for part in order if part not in parts]
-    if missing or len(parts) > count:
-        raise ValueError(f"merge: all {count} parts must be there, {', '.join(missing)} are missing.")
-    totals = {name: sum(headers[parts[part]][name] for part in order) for name in TOTALS}
-    temporary = out / f".{INDEX}.tmp"
-    keys: dict[str, Row] = {}
+        for name in sorted((first.keys() | header.values.keys()) - {"part", *TOTALS}):
+            value = header.values.get(name)
+            if value != first.get(name):
+                text = f"be {first.get(name)!r} as in {found[0]}, got {value!r}. Prepare all parts with the same flags"
+                raise header.error(name, text)
+        if not index.is_relative_to(out):
+            raise ValueError(f"merge: a part must lie in {out}, got {index}.")
+        parts[header.get("part", str, parts.__contains__, f"be one of {count}")].append(index)
+    for part, indexes in parts.items():
+        if len(indexes) != 1:
+            raise ValueError(f"merge: part {part} must be there once, got {' and '.join(map(str, indexes)) or 'none'}.")
+    totals = {
+        name: sum(header.get(name, kind, _is_count, "be a count") for header in headers.values())
+        for name, kind in TOTALS.items()
+    }
+    temporary, keys = out / f".{INDEX}.tmp", {}
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(json_line(first | {"part": "0/1"} | totals))
-        for index in map(parts.get, order):
-            prefix = index.parent.relative_to(out)
-            for row in read_index(index):
-                for name in ("shard", "name"):
-                    if name in row.values:
-                        row.values[name] = (prefix / row.values[name]).as_posix()
-                if "key" in row.values and (other := keys.setdefault(row.values["key"], row)) is not row:
-                    raise row.error("key", f"be in one part, got one of {other.index}:{other.line} too")
-                if row.line > 1:
-                    file.write(json_line(row.values))
+        for row in chain.from_iterable(read_index(indexes[0]) for indexes in parts.values()):
+            prefix, names = row.index.parent.relative_to(out), {"shard", "name"} & row.values.keys()
+            tars = {name: (prefix / _shard_of(row, name)).as_posix() for name in names}
+            place = f"{row.index}:{row.line}"
+            if "key" in row.values and keys.setdefault(key := _key_of(row), place) != place:
+                raise row.error("key", f"be in one part, got {keys[key]} too")
+            if row.line > 1:
+                file.write(json_line(row.values | tars))
     read_shards(temporary)
     replace_synced(temporary, out / INDEX)
     return out / INDEX
@@ -185,14 +177,14 @@ class Row(NamedTuple):
     values: dict[str, Any]
     prefix: str = ""
 
-    def get(self, name: str, kind: type, valid: Callable[[Any], bool], expectation: str) -> Any:
+    def get(self, name: str, kind: type, valid: Callable[[Any], object], expectation: str) -> Any:
         value = self.values.get(name)
         if type(value) is not kind or not valid(value):
-            raise self.error(name, f"{expectation}, got {_short(value)}")
+            raise self.error(name, f"{expectation}, got {short(value)}")
         return value
 
     def error(self, name: str, text: str) -> ManifestError:
-        return _error(self.index, self.line, self.prefix + name, text)
+        return fault(self.index, self.line, self.prefix + name, text)
 
 
 def read_index(index: Path) -> Iterator[Row]:
@@ -201,21 +193,18 @@ def read_index(index: Path) -> Iterator[Row]:
     Raises:
         ManifestError: not an index, or no JSON object on a line.
     """
-    try:
-        with index.open(encoding="utf-8", newline="\n") as file:
-            for line, text in enumerate(file, 1):
-                row = Row(index, line, _json(index, line, "the row", text))
-                if not isinstance(row.values, dict):
-                    raise row.error("the row", f"be a JSON object, got {_short(row.values)}")
-                if line == 1:
-                    row.get("format", str, lambda value: value == FORMAT, f"be {FORMAT!r}")
-                    row.get("samples", int, _is_count, "be a count")
-                yield row
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{index}: the index must be UTF-8, got other bytes.") from error
-    except OSError as error:
-        hint = "`vatt prepare` writes it, and `vatt data merge` joins those of its parts."
-        raise ManifestError(f"{index}: the index must be a readable file, got {error.strerror}. {hint}") from error
+    line = 0
+    with opened(index, "the index") as file:
+        for line, text in enumerate(file, 1):
+            row = Row(index, line, parse_json(index, line, "the row", text))
+            if not isinstance(row.values, dict):
+                raise row.error("the row", f"be a JSON object, got {short(row.values)}")
+            if line == 1:
+                row.get("format", str, lambda value: value == FORMAT, f"be {FORMAT!r}")
+                row.get("samples", int, _is_count, "be a count")
+            yield row
+        if not line:
+            raise ManifestError(f"{index}: the index must begin with a line of settings, got an empty file.")
 
 
 def _rates(header: Row) -> dict[str, float]:
@@ -225,7 +214,7 @@ def _rates(header: Row) -> dict[str, float]:
 
 
 def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: dict[str, float]) -> Sample:
-    key = row.get("key", str, lambda v: bool(re.fullmatch("[0-7][0-9a-f]{15}", v)), "be 16 hex digits of 63 bits")
+    key = _key_of(row)
     tar = row.index.parent / shard
     if shard not in sizes:
         try:
@@ -247,23 +236,32 @@ def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: d
             members[kind] = Member(tar, offset, size, name[len(key) :], digest, length, rates[kind])
     if not members:
         raise row.error("video", "be given where audio is not, got neither")
-    label = row.values.get("label")
-    if isinstance(label, list):
-        label = tuple(row.get("label", list, lambda v: all(type(n) is int for n in v), "be numbers"))
-    elif label is not None and type(label) is not int:
-        row.get("label", str, lambda _: True, "be a number, numbers or a name")
     duration = row.get("duration", float, lambda v: 0 < v < math.inf, "be seconds above 0")
     captions = _captions(row.index, row.line, row.values.get("captions"))
+    label = _label(row.index, row.line, row.values.get("label"))
     return Sample(position, int(key, 16), tar / key, captions, label, row.line, duration=duration, **members)
 
 
-def is_inside(name: str) -> bool:
-    """Whether a shard's name stays in the folder of its index."""
-    parts = PurePosixPath(name).parts
-    return name.endswith(".tar") and "\0" not in name and not name.startswith("/") and ".." not in parts
+def key_of(sample: Sample) -> str:
+    """What the members of a sample are called, without their suffix."""
+    return f"{sample.id:016x}"
 
 
-def _is_count(value: int) -> bool:
+def _key_of(row: Row) -> str:
+    return row.get("key", str, re.compile("[0-7][0-9a-f]{15}").fullmatch, "be 16 hex digits of 63 bits")
+
+
+def _shard_of(row: Row, name: str = "shard") -> str:
+    """The name of a tar in the folder of the index or below it."""
+
+    def valid(shard: str) -> bool:
+        parts = PurePosixPath(shard).parts
+        return shard.endswith(".tar") and "\0" not in shard and parts[0] != "/" and ".." not in parts
+
+    return row.get(name, str, valid, "name a .tar in the index's folder")
+
+
+def _is_count(value: float) -> bool:
     return value >= 0
 
 

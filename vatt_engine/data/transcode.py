@@ -1,4 +1,4 @@
-"""One media file to the tracks of a shard; and the worker process of `vatt prepare`, which may crash or be killed."""
+"""One media file to the tracks of a shard, and the processes that do so for `vatt prepare`, which may crash or hang."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import errno
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
+from select import select
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vatt_engine.data.encode import write_pictures, write_sound
+from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import Media
-from vatt_engine.data.shards import replace_synced, write_synced
+from vatt_engine.data.shards import key_of, replace_synced, write_synced
 from vatt_engine.data.streams import ROUNDING, MediaError, MediaLimits, Reach
 
+PROGRAM = "from vatt_engine.data.transcode import main; main()"
+START_SECONDS = 600.0  # for a worker to import what it needs
+AHEAD = 64  # files per worker that may wait for a slower one before them
+TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMITS = MediaLimits(max_frames=10_000_000)  # a whole file is one window here
 FULL = (
     errno.ENOSPC,
@@ -98,6 +111,120 @@ def transcode(job: dict[str, Any], settings: dict[str, Any], folder: Path, alive
     if not (video or audio):
         raise MediaError(job["path"], "the file must give pictures or sound, got neither.")
     return {"video": video, "audio": audio, "duration": duration}
+
+
+class Transcoders:
+    """`transcode` in processes of their own; one that crashes or is silent too long is replaced, its file rejected.
+
+    Args:
+        count: processes.
+        settings: the first line of the index to be.
+        work: folder of the tracks and of the records, `<key>.json`; a file that has a record is not done again.
+        time_limit: seconds without a sign of life.
+    """
+
+    def __init__(self, count: int, settings: dict[str, Any], work: Path, time_limit: float):
+        self.work, self.count = work, count
+        self.workers = [_Worker(settings, work, time_limit) for _ in range(count)]
+        self.idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.threads = ThreadPoolExecutor(count, "vatt-prepare")
+
+    def __enter__(self) -> Transcoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
+        self.threads.shutdown()
+
+    def records(self, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+        """The record of each sample, in their order: what `transcode` returns, or {"reason"}.
+
+        Raises:
+            ChildProcessError: a process cannot start, cannot write, or was told to end.
+        """
+        rest, waiting = iter(samples), deque()
+        while True:
+            waiting.extend(
+                self.threads.submit(self._record, s) for s in islice(rest, AHEAD * self.count - len(waiting))
+            )
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+
+    def _record(self, sample: Sample) -> dict[str, Any]:
+        path = self.work / f"{key_of(sample)}.json"
+        if not path.exists():
+            worker = self.idle.get()
+            try:
+                reason = worker.ask(sample)
+            finally:
+                self.idle.put(worker)
+            if reason:
+                write_synced(path, json.dumps({"reason": reason}))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+class _Worker:
+    """One process of `main` at a time, started when it is first asked."""
+
+    def __init__(self, settings: dict[str, Any], work: Path, time_limit: float):
+        self.arguments, self.work, self.limit = [json.dumps(settings), str(work)], work, time_limit
+        self.process: subprocess.Popen | None = None
+        self.closed = False
+
+    def ask(self, sample: Sample) -> str | None:
+        """Have the tracks and the record of a sample written; or why it has none, if that ended the process."""
+        process = self.process or self._start()
+        job = {"key": key_of(sample), "path": str(sample.path), "start": sample.start, "end": sample.end}
+        with suppress(BrokenPipeError):  # it has ended, which is heard below
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+        while select([process.stdout], [], [], self.limit)[0]:
+            news = os.read(process.stdout.fileno(), 1 << 12)
+            if b"\n" in news:
+                return None
+            if not news:
+                return f"FFmpeg must survive the file, got {self._end()}."
+        process.kill()
+        self._end()
+        return f"FFmpeg must go on within {self.limit:g} s, got no sign of life."
+
+    def close(self) -> None:
+        self.closed = True
+        if self.process is not None:
+            self.process.kill()
+
+    def _start(self) -> subprocess.Popen:
+        root = str(Path(__file__).resolve().parents[2])
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *self.arguments],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+        if self.closed or not (select([process.stdout], [], [], START_SECONDS)[0] and process.stdout.read(1)):
+            process.kill()
+            raise ChildProcessError(f"prepare: a worker must start, got {self._end()}.")
+        return process
+
+    def _end(self) -> str:
+        """What the process died of, if a file can have caused that."""
+        process, self.process = self.process, None
+        code = process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        shutil.rmtree(self.work / f"worker-{process.pid}", ignore_errors=True)
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if self.closed or code >= 0 or -code in TOLD_TO_END:
+            hint = "What it said stands above; the same command goes on from here."
+            raise ChildProcessError(f"prepare: a worker must go on until the last file, got {name}. {hint}")
+        return name
 
 
 def main() -> None:

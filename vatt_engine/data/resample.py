@@ -36,7 +36,7 @@ def resampled(wave: Tensor, old: int, new: int, first: int, count: int, device: 
     """Samples first..first + count at the rate `new` of a whole track at the rate `old`; fewer where it ends.
 
     y[n] = sum_k x[k] h(k - n old / new), h a sinc below 0.97 of the lower Nyquist rate under a Kaiser window, with sum
-    1. What the window needs is copied to the device, no more. DALI's own `audio_resample` has no low-pass: it folds what
+    1. What the window needs is copied to the device, no more. DALI's `audio_resample` has no low-pass: it folds what
     lies above the new Nyquist rate back into the sound.
 
     Args:

@@ -1,39 +1,64 @@
-"""Batches of the loader from generated media files, against random tensors of the same shapes (the synthetic set)."""
+"""Batches of the loader from media files and from shards, against random tensors of the same shapes (synthetic)."""
 
 import importlib.util
 import tempfile
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.harness import Bench, Checked, cases, one_pass
 from benchmarks.shapes import SHAPES
 from vatt_engine import Batch
-from vatt_engine.data import DataConfig, Loader, Sample
+from vatt_engine.data import DataConfig, Loader, Sample, read_shards, write_manifest
+from vatt_engine.data.prepare import PrepareConfig, prepare
+from vatt_engine.data.transcode import CODECS
 
 MISSING = None if importlib.util.find_spec("av") else "the package av, which decodes media, is not installed"
 
 
+def scene(height, width):
+    """A wide picture with as much detail at every scale as photographs have, and pale colours."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(3, height, width)
+    for octave in range(2, 9):
+        step = 2**octave
+        coarse = torch.rand(1, 3, height // step + 2, width // step + 2, generator=generator) - 0.5
+        coarse = 0.8 * coarse.mean(1, keepdim=True) + 0.2 * coarse
+        total += step**0.75 * F.interpolate(coarse, scale_factor=step, mode="bilinear")[0, :, :height, :width]
+    total = 118 + 52 * (total - total.mean()) / total.std()
+    return total.clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+
+
 def media(shape, folder):
-    """Files of coarse noise that moves sideways, with a tone."""
+    """Files of a scene that the camera pans over, from another place in each, with a tone."""
     from vatt_engine.data.encode import write_media
 
-    count, (height, width) = int(shape.seconds * shape.fps), shape.source
-    coarse = torch.rand(3, height // 8, width // 8 + count, generator=torch.Generator().manual_seed(0))
-    scene = coarse.mul(255).byte().repeat_interleave(8, 1).repeat_interleave(8, 2).permute(1, 2, 0)
-    frames = torch.stack([scene[:, 8 * i : 8 * i + width] for i in range(count)])
+    fps, (height, width) = shape.file_fps or shape.fps, shape.source
+    count = int(shape.seconds * fps)
+    wide = scene(height, width + 2 * count + 16 * shape.files)
     tone = torch.sin(torch.arange(int(shape.seconds * shape.sample_rate)) * 0.05)
     for index in range(shape.files):
         path = folder / f"{index}.mp4"
-        write_media(path, frames.roll(index, 0), fps=shape.fps, waveform=tone, sample_rate=shape.sample_rate)
+        frames = wide[:, 16 * index :].as_strided((count, height, width, 3), (6, wide.stride(0), 3, 1))
+        write_media(path, frames, fps=fps, waveform=tone, sample_rate=shape.sample_rate)
         yield Sample(index=index, id=index, path=path)
 
 
 def inputs(shape, _dtype, _device):
     folder = tempfile.TemporaryDirectory(prefix="vatt-bench-")
-    return {"folder": folder, "samples": list(media(shape, Path(folder.name)))}
+    raw = list(media(shape, Path(folder.name)))
+    return {"folder": folder, "samples": {"raw": raw} | prepared(shape, Path(folder.name), raw)}
+
+
+def prepared(shape, folder, raw):
+    """The same files as shards of each codec."""
+    write_manifest(folder / "raw.jsonl", raw)
+    configs = {codec: PrepareConfig(codec=codec, fps=shape.fps) for codec in shape.codecs}
+    return {codec: read_shards(prepare(folder / "raw.jsonl", folder / codec, configs[codec])) for codec in configs}
 
 
 def config_of(shape):
@@ -48,9 +73,9 @@ def config_of(shape):
     )
 
 
-def loader(shape, folder, samples):
+def loader(shape, folder, samples, kind="raw"):
     """One epoch of training batches, from the first file opened to the last batch made."""
-    with Loader(samples, config_of(shape)) as batches:
+    with Loader(samples[kind], config_of(shape)) as batches:
         return list(islice(batches, len(batches)))
 
 
@@ -62,14 +87,16 @@ def synthetic(shape, folder, samples):
             video=torch.randint(0, 256, size, dtype=torch.uint8),
             audio=torch.rand(shape.batch, shape.samples) * 2 - 1,
         )
-        for _ in range(len(samples) // shape.batch)
+        for _ in range(shape.files // shape.batch)
     ]
 
 
 def check(_bench, case, given):
     """Both give the same number of batches, of the same shapes and dtypes; no file was refused and no clip is blank."""
     shape = SHAPES[case.op][case.device][case.shape]
-    calls = {name: one_pass(function, shape, given, case.passes) for name, function in RIVALS.items()}
+    refused = {f"shards-{codec}": "not prepared at this shape" for codec in CODECS if codec not in shape.codecs}
+    rivals = {name: function for name, function in RIVALS.items() if name not in refused}
+    calls = {name: one_pass(function, shape, given, case.passes) for name, function in rivals.items()}
     made = {name: call()[0] for name, call in calls.items()}
     failed = {}
     for name, batches in made.items():
@@ -78,7 +105,7 @@ def check(_bench, case, given):
             failed[name] = f"batches {kinds}"
         elif any(clip.min() == clip.max() for batch in batches for clip in batch.video):
             failed[name] = "a blank clip"
-    return Checked({name: call for name, call in calls.items() if name not in failed}, failed, {})
+    return Checked({name: call for name, call in calls.items() if name not in failed}, failed, refused)
 
 
 def bytes_moved(shape, _dtype, _passes):
@@ -93,6 +120,7 @@ def metrics(shape, _dtype, seconds):
 
 
 RIVALS = {"synthetic": synthetic, "loader": loader}
+RIVALS |= {f"shards-{codec}": partial(loader, kind=codec) for codec in CODECS}
 BENCH = Bench(
     name="data",
     rivals=RIVALS,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -36,18 +37,39 @@ def scene(height, width):
 
 
 def media(shape, folder):
-    """Files of a scene that the camera pans over, from another place in each, with a tone."""
-    from vatt_engine.data.encode import write_media
+    """Files of a scene that the camera pans over, from another place in each, with a camera's noise and a tone."""
+    from vatt_engine.data.encode import write_pictures, write_sound
 
     fps, (height, width) = shape.file_fps or shape.fps, shape.source
     count = int(shape.seconds * fps)
-    wide = scene(height, width + 2 * count + 16 * shape.files)
+    wide = scene(height, width + 2 * count + 16 * shape.files).short()
+    noise = torch.randn(height, width + 64, 3, generator=torch.Generator().manual_seed(1)).mul(4).short()
     tone = torch.sin(torch.arange(int(shape.seconds * shape.sample_rate)) * 0.05)
+    write_sound(folder / "tone.mp4", [tone], sample_rate=shape.sample_rate, codec="aac")
     for index in range(shape.files):
-        path = folder / f"{index}.mp4"
-        frames = wide[:, 16 * index :].as_strided((count, height, width, 3), (6, wide.stride(0), 3, 1))
-        write_media(path, frames, fps=fps, waveform=tone, sample_rate=shape.sample_rate)
-        yield Sample(index=index, id=index, path=path)
+        lefts = range(16 * index, 16 * index + 2 * count, 2)
+        shifts = torch.randint(64, (count,), generator=torch.Generator().manual_seed(index)).tolist()
+        pictures = (
+            (wide[:, left : left + width] + noise[:, shift : shift + width]).clamp_(0, 255).byte()
+            for left, shift in zip(lefts, shifts)
+        )
+        write_pictures(folder / "picture.mp4", pictures, fps=fps, codec="libx264", options={})
+        join(folder / f"{index}.mp4", folder / "picture.mp4", folder / "tone.mp4")
+        yield Sample(index=index, id=index, path=folder / f"{index}.mp4")
+
+
+def join(path, *tracks):
+    """One file of the tracks of several, as they are coded."""
+    import av
+
+    with ExitStack() as stack:
+        out = stack.enter_context(av.open(str(path), "w"))
+        sources = [stack.enter_context(av.open(str(track))) for track in tracks]
+        streams = [out.add_stream_from_template(source.streams[0]) for source in sources]
+        packets = [(p, stream) for source, stream in zip(sources, streams) for p in source.demux() if p.size]
+        for packet, stream in sorted(packets, key=lambda pair: pair[0].dts * pair[0].time_base):
+            packet.stream = stream
+            out.mux(packet)
 
 
 def inputs(shape, _dtype, _device):

@@ -85,15 +85,13 @@ def dali_missing(device: torch.device | str) -> str | None:
 
 def unfit(samples: Sequence[Sample], config: DataConfig, device: torch.device) -> str | None:
     """Why DALI cannot decode these samples on this device, or None."""
-    if config.cache != "none":
-        return f"data.cache must be none, got {config.cache}."
     for sample in samples:
         if not sample.in_shard:
             return f"the set must be prepared shards, got the file {sample.path}. See `vatt prepare`."
         if device.type == "cpu" and sample.video and sample.video.suffix not in CPU_SUFFIXES:
             got = f"{sample.video.suffix} in {sample.path}"
             return f"on the CPU the video must be VP9 (.webm) or MJPEG (.avi), got {got}."
-    return None
+    return None if config.cache == "none" else f"data.cache must be none, got {config.cache}."
 
 
 class DaliLoader(Loader):

@@ -108,9 +108,9 @@ def write_media(
 def write_pictures(
     path: Path, pictures: Iterable[Tensor], *, fps: float, codec: str, options: Mapping[str, str]
 ) -> int:
-    """Encodes pictures [H, W, 3] as they come, shown at i / fps, into a file without sound; returns their number.
+    """Encodes pictures [H, W, 3] as they come, shown at i / fps, into a file without sound; returns height and width.
 
-    Only for options that keep the order (no B-frames): a packet is written as soon as it is made.
+    A packet is written as soon as it is made; avi, which stores no times, needs an encoder without B-frames for that.
     """
     import av
 

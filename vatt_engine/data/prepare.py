@@ -275,5 +275,5 @@ def _captions_of(sample: Sample) -> list[dict[str, Any]]:
     return [
         {"text": c.text, "start": max(c.start, start) - start, "end": min(c.end, end) - start}
         for c in sample.captions
-        if whole or (c.start < end and c.end > start)
+        if whole or (c.start < end and c.end >= start)
     ]

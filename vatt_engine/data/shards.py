@@ -6,7 +6,7 @@ sample's id as 16 hex digits. Frame i is the picture on screen at i / fps and sa
 j / sample_rate, of the same second 0. The index has one JSON object per line:
 
     {"format": "vatt_engine shards 1", "fps": 10.0, "short_side": 256, "codec": "h264", "crf": 20, "gop": 10,
-     "sample_rate": 48000, "manifest": name, "manifest_sha256": ..., "rows": N, "part": "0/1",
+     "sample_rate": 48000, "shard_mib": 512, "manifest": name, "manifest_sha256": ..., "rows": N, "part": "0/1",
      "shards": ..., "samples": ..., "rejected": ..., "seconds": ...}
     {"kind": "sample", "key": ..., "path": source, "line": of the manifest, "shard": "000000.tar",
      "video": {"name", "offset", "size", "sha256", "frames", "width", "height"} or null,
@@ -15,7 +15,8 @@ j / sample_rate, of the same second 0. The index has one JSON object per line:
     {"kind": "rejected", "path": source, "line": of the manifest, "reason": ...}
     {"kind": "shard", "name": "000000.tar", "size": ..., "sha256": ..., "samples": ...}
 
-Offset and size are those of the member's content in its tar, in bytes. Samples stand in the manifest's order. The
+Offset and size are those of the member's content in its tar, in bytes. Samples stand in the manifest's order; "path"
+is followed by "start" and "end" where the sample is a part of its source. A shard's name may lead into a folder. The
 sound ends where the source's does and never after the last frame; a clip begins at a frame: the one on screen at its
 start, floor((start + 1 ms) * fps) / fps, for picture and sound.
 """

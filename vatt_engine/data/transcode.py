@@ -36,13 +36,8 @@ START_SECONDS = 600.0  # for a worker to import what it needs
 AHEAD = 64  # files per worker that may wait for a slower one before them
 TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMITS = MediaLimits(max_frames=10_000_000)  # a whole file is one window here
-FULL = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-)  # not the fault of the file that is being read
+# Writing fails: not the fault of the file that is being read.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 class Codec(NamedTuple):
@@ -135,10 +130,11 @@ class Transcoders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in self.workers:
             worker.close()
-        self.threads.shutdown()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.end()
 
     def records(self, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
         """The record of each sample, in their order: what `transcode` returns, or {"reason"}.
@@ -187,10 +183,18 @@ class _Worker:
             if b"\n" in news:
                 return None
             if not news:
-                return f"FFmpeg must survive the file, got {self._end()}."
+                return self._cause(self.end())
         process.kill()
-        self._end()
+        self.end()
         return f"FFmpeg must go on within {self.limit:g} s, got no sign of life."
+
+    def _cause(self, code: int) -> str:
+        """What a file did to its process, unless it was something else."""
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if self.closed or code >= 0 or -code in TOLD_TO_END:
+            hint = "What it said stands above; the same command goes on from here."
+            raise ChildProcessError(f"prepare: a worker must go on until the last file, got {name}. {hint}")
+        return f"FFmpeg must survive the file, got {name}."
 
     def close(self) -> None:
         self.closed = True
@@ -210,21 +214,20 @@ class _Worker:
         )
         if self.closed or not (select([process.stdout], [], [], START_SECONDS)[0] and process.stdout.read(1)):
             process.kill()
-            raise ChildProcessError(f"prepare: a worker must start, got {self._end()}.")
+            self._cause(self.end())
+            raise ChildProcessError(f"prepare: a worker must start within {START_SECONDS:g} s, got none.")
         return process
 
-    def _end(self) -> str:
-        """What the process died of, if a file can have caused that."""
+    def end(self) -> int:
+        """Wait for the end of the process, if one runs, and remove what it left; its exit code."""
         process, self.process = self.process, None
+        if process is None:
+            return 0
         code = process.wait()
         process.stdin.close()
         process.stdout.close()
         shutil.rmtree(self.work / f"worker-{process.pid}", ignore_errors=True)
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if self.closed or code >= 0 or -code in TOLD_TO_END:
-            hint = "What it said stands above; the same command goes on from here."
-            raise ChildProcessError(f"prepare: a worker must go on until the last file, got {name}. {hint}")
-        return name
+        return code
 
 
 def main() -> None:
@@ -263,6 +266,8 @@ def main() -> None:
                 suffix = CODECS[settings["codec"]].suffix if kind == "video" else ".flac"
                 replace_synced(own / f"{job['key']}{suffix}", folder / f"{job['key']}{suffix}")
         write_synced(folder / f"{job['key']}.json", json.dumps(record))
+        for left in own.iterdir():
+            left.unlink()
         os.write(reports, b"\n")
 
 

@@ -238,19 +238,8 @@ def test_nothing_is_pickled(good, monkeypatch):
 
 
 def test_a_sample_goes_through_json(tmp_path):
-    one = Sample(
-        3,
-        7,
-        tmp_path / "a\udcff.mp4",
-        (),
-        None,
-        4,
-        1.25,
-        2.5,
-        Member(tmp_path / "0.tar", 512, 99, ".mp4", "ab", 5, 10.0),
-        None,
-        1.3,
-    )
+    member = Member(tmp_path / "0.tar", 512, 99, ".mp4", "0" * 64, 13, 10.0)
+    one = Sample(3, 7, tmp_path / "a\udcff.mp4", (), None, 4, 1.25, 2.5, member, None, 1.3)
     assert workers._sample(json.loads(json.dumps(workers._fields(one)))) == one
 
 

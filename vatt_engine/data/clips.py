@@ -121,7 +121,7 @@ class ClipReader:
 
     def _end(self, sample: Sample, source: Track | Media) -> float:
         """The second of the file at which the sample ends, or the file, if that is sooner."""
-        duration = source.duration if isinstance(source, Track) else source.info.duration
+        duration = source.duration
         if sample.start >= duration:
             text = f"the sample must begin within the {duration:.3f} s of the file, got {sample.start:.3f} s."
             raise MediaError(sample.path, text)

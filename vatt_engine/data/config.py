@@ -34,6 +34,8 @@ class DataConfig:
         num_workers: processes that decode; 0: threads of this process, where a file that crashes FFmpeg ends the run
             and one that hangs it stops it. It never changes a batch.
         max_decode_seconds: of one sample in such a process, which is then killed.
+        loader: what decodes: "pyav"; "dali", prepared shards alone, in threads of this process; "auto": DALI where
+            those meet a GPU that it can use, else PyAV.
         prefetch: batches made ahead.
         max_bad_fraction: share of unusable samples, of at least 100, above which training stops.
         limits: what one file may ask for.
@@ -65,6 +67,7 @@ class DataConfig:
     num_threads: int = 0
     num_workers: int = 0
     max_decode_seconds: float = 60.0
+    loader: Literal["auto", "pyav", "dali"] = "auto"
     prefetch: int = 2
     max_bad_fraction: float = 0.05
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -94,6 +97,8 @@ class DataConfig:
             )
         if self.cache not in ("none", "memory"):
             raise ValueError(f"DataConfig: cache must be 'none' or 'memory', got {self.cache!r}.")
+        if self.loader not in ("auto", "pyav", "dali"):
+            raise ValueError(f"DataConfig: loader must be auto, pyav or dali, got {self.loader!r}.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"DataConfig: max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}.")
         if self.decode_size is not None and self.decode_size < self.frame_size:

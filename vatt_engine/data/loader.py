@@ -67,6 +67,8 @@ class Loader:
     >>> batches = iter(Loader(read_manifest("train.jsonl"), DataConfig(), vocabulary, seed=0))  # doctest: +SKIP
     """
 
+    decoder = "PyAV"
+
     def __init__(
         self,
         samples: Sequence[Sample],

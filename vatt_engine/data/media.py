@@ -214,6 +214,11 @@ class Media:
             text = f"last as long as the file, {self.info.duration:.3f} s, got {self.info.video_end:.3f} s"
             self._notes.append(f"the video must {text}.")
 
+    @property
+    def duration(self) -> float:
+        """Seconds on the common clock."""
+        return self.info.duration
+
     def frames_left(self, start: float, fps: float) -> int:
         """Frames at `fps` from `start` to the end of the file, at least 1."""
         return max(1, round((self.info.duration - start) * fps))

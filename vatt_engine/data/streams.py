@@ -117,10 +117,7 @@ class Source:
         if not info.isreg() or info.name not in names or info.size != member.size:
             text = f"be the file {' or '.join(names)} of {member.size} bytes, got {info.name!r} of {info.size}"
             raise self.error(f"the tar's member must {text}. Is the index of another tar?")
-        try:
-            _check_content(member)
-        except MediaError as error:
-            raise self.error(error.reason) from error
+        _check_content(member, self.path)
 
     @property
     def _codec_options(self) -> dict[str, str]:
@@ -299,8 +296,8 @@ class _Run:
         return statistics.median(self.origins), torch.cat(pcm) if pcm else torch.zeros(0)
 
 
-def read_member(member: Member) -> bytearray:
-    """The bytes of a member, which must be those that were prepared.
+def read_member(member: Member, path: Path) -> bytearray:
+    """The bytes of a member of the sample that `path` names; they must be those that were prepared.
 
     Decoders do not notice all damage: of flipped bits they often make wrong pictures, of a lost end fewer ones.
 
@@ -313,21 +310,20 @@ def read_member(member: Member) -> bytearray:
             file.seek(member.offset)
             size = file.readinto(content)
     except OSError as error:
-        raise MediaError(member.path, f"the shard must be readable, got {error.strerror}.") from error
+        raise MediaError(path, f"the shard must be readable, got {error.strerror}.") from error
     if not 0 < size == member.size:
-        text = f"the member at byte {member.offset} must have {member.size or 'some'} bytes, got {size}."
-        raise MediaError(member.path, text)
+        raise MediaError(path, f"the {member.suffix} must have {member.size or 'some'} bytes, got {size}.")
     digest = sha256(content).hexdigest()
     if digest != member.sha256:
-        text = f"have the SHA-256 of the index, {member.sha256[:12]}..., got {digest[:12]}..."
-        raise MediaError(member.path, f"the member at byte {member.offset} must {text}.")
+        text = f"have the index's SHA-256, {member.sha256[:12]}..., got {digest[:12]}..."
+        raise MediaError(path, f"the {member.suffix} must {text}.")
     return content
 
 
 @lru_cache(maxsize=1 << 16)
-def _check_content(member: Member) -> None:
+def _check_content(member: Member, path: Path) -> None:
     """As read_member; once per member that is as it should be."""
-    read_member(member)
+    read_member(member, path)
 
 
 def scaled_size(width: int, height: int, short_side: int | None, multiple: int = 1) -> tuple[int, int]:

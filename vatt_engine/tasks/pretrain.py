@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vatt_engine.analysis.report import plot_losses
 from vatt_engine.batch import Batch, Embeddings
+from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import Loader, QuarantineError, join_sources
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
@@ -106,7 +107,9 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
     quarantine = run_dir / "quarantine.jsonl"
-    loader = Loader(samples, config.data, vocabulary, sizes=sizes, seed=seed, quarantine=quarantine)
+    loader = build_loader(
+        samples, config.data, vocabulary, device=device, sizes=sizes, seed=seed, quarantine=quarantine
+    )
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
@@ -122,6 +125,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
         log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
+        log.say(f"clips are decoded by {loader.decoder}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:

@@ -76,7 +76,8 @@ def test_leaves_a_run_folder(config, monkeypatch, capsys):
     assert [record["step"] for record in found] == [2, 4, 6]
     assert set(found[0]) == {
         *("step", "total", "video_audio", "video_text", "grad_norm", "lr", "data_seconds"),
-        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds"),
+        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds", "rss_mb", "temperature"),
+        *(f"{e}_{k}" for e in ("video_audio", "audio_video", "video_text", "text_video") for k in ("std", "rank")),
     }
     assert [record["lr"] for record in found] == pytest.approx(
         [5e-4, 1e-3 * 0.85502, 1e-5 + 9.9e-4 * 0.146447], rel=1e-3

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vatt_engine import ops
 from vatt_engine.models import init
@@ -126,6 +127,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.keep_rates = config.keep_rates
+        self.checkpoint_activations = False  # True: a layer keeps its input alone and is computed again in backward
         self.layers = nn.ModuleList(
             Block(config, attention_norm=attention_norm, **options) for _ in range(config.num_layers)
         )
@@ -148,7 +150,7 @@ class Transformer(nn.Module):
             key_mask, cu_seqlens: as for `ops.attention`.
         """
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if biases is None else biases[index], key_mask, cu_seqlens)
+            x = self._through(layer, x, None if biases is None else biases[index], key_mask, cu_seqlens)
         return self.dropout(self.final_norm(x))
 
     def forward_dropping(self, x: Tensor, *, seed: Seed, sample_id: Tensor | None) -> Tensor:
@@ -172,5 +174,10 @@ class Transformer(nn.Module):
                 stream = seed + ((index + 1) << 48)  # no stem's of this step: theirs are neighbours
                 keep = ops.sample_keep(others, kept, seed=stream, sample_id=sample_id, device=x.device) + 1
                 x = ops.drop_token(x, F.pad(keep, (1, 0)))
-            x = layer(x)
+            x = self._through(layer, x)
         return self.dropout(self.final_norm(x))
+
+    def _through(self, layer: Block, x: Tensor, *args: object) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, x, *args, use_reentrant=False)
+        return layer(x, *args)

@@ -1,8 +1,9 @@
-"""Batches of the loader from media files and from shards, against random tensors of the same shapes (synthetic)."""
+"""Batches from media files and from shards, by PyAV and by DALI, against random tensors of the same shapes."""
 
 import importlib.util
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from benchmarks.harness import Bench, Checked, cases, one_pass
 from benchmarks.shapes import SHAPES
 from vatt_engine import Batch
-from vatt_engine.data import DataConfig, Loader, Sample, read_shards, write_manifest
+from vatt_engine.data import DataConfig, Sample, build_loader, read_shards, write_manifest
+from vatt_engine.data.dali import dali_missing
 from vatt_engine.data.prepare import PrepareConfig, prepare
 from vatt_engine.data.transcode import CODECS
 
@@ -95,9 +97,9 @@ def config_of(shape):
     )
 
 
-def loader(shape, folder, samples, kind="raw"):
+def loader(shape, folder, samples, kind="raw", by="pyav"):
     """One epoch of training batches, from the first file opened to the last batch made."""
-    with Loader(samples[kind], config_of(shape)) as batches:
+    with build_loader(samples[kind], replace(config_of(shape), loader=by)) as batches:
         return list(islice(batches, len(batches)))
 
 
@@ -116,7 +118,8 @@ def synthetic(shape, folder, samples):
 def check(_bench, case, given):
     """Both give the same number of batches, of the same shapes and dtypes; no file was refused and no clip is blank."""
     shape = SHAPES[case.op][case.device][case.shape]
-    refused = {f"shards-{codec}": "not prepared at this shape" for codec in CODECS if codec not in shape.codecs}
+    refused = {name: "not prepared at this shape" for name, codec in OF_CODEC.items() if codec not in shape.codecs}
+    refused |= {name: reason for name in OF_CODEC if "dali" in name and (reason := dali_missing("cpu"))}
     rivals = {name: function for name, function in RIVALS.items() if name not in refused}
     calls = {name: one_pass(function, shape, given, case.passes) for name, function in rivals.items()}
     made = {name: call()[0] for name, call in calls.items()}
@@ -143,6 +146,8 @@ def metrics(shape, _dtype, seconds):
 
 RIVALS = {"synthetic": synthetic, "loader": loader}
 RIVALS |= {f"shards-{codec}": partial(loader, kind=codec) for codec in CODECS}
+RIVALS |= {f"dali-{codec}": partial(loader, kind=codec, by="dali") for codec in ("vp9", "mjpeg")}
+OF_CODEC = {name: name.partition("-")[2] for name in RIVALS if "-" in name}
 BENCH = Bench(
     name="data",
     rivals=RIVALS,

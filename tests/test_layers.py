@@ -240,9 +240,13 @@ def pickles(source):
     return found
 
 
+TRUSTED = {"vatt_engine/interop/deepspeed.py": ["torch.load", "torch.save"]}  # `vatt convert` alone, weights_only
+
+
 @pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_is_pickled(path):
-    assert pickles(path.read_text()) == []
+    found = sorted(set(pickles(path.read_text())))
+    assert found == TRUSTED.get(str(path.relative_to(ROOT)), [])
 
 
 def test_pickling_is_found():

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader, join_sources
+from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.quarantine import QuarantineError
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
@@ -74,7 +76,8 @@ def test_leaves_a_run_folder(config, monkeypatch, capsys):
     assert [record["step"] for record in found] == [2, 4, 6]
     assert set(found[0]) == {
         *("step", "total", "video_audio", "video_text", "grad_norm", "lr", "data_seconds"),
-        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds"),
+        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds", "rss_mb", "temperature"),
+        *(f"{e}_{k}" for e in ("video_audio", "audio_video", "video_text", "text_video") for k in ("std", "rank")),
     }
     assert [record["lr"] for record in found] == pytest.approx(
         [5e-4, 1e-3 * 0.85502, 1e-5 + 9.9e-4 * 0.146447], rel=1e-3
@@ -224,7 +227,7 @@ def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
     other = tmp_path / "other.jsonl"
     lines = world.train.read_text().splitlines()
     other.write_text("\n".join(line.replace('"train/', f'"{world.train.parent}/train/') for line in lines))
-    with pytest.raises(ValueError, match=r"got other files .* Resume with the same data\.train"):
+    with pytest.raises(ValueError, match=r"got other files or weights .* Resume with the same data\.train"):
         pretrain(replace(config, {"data.train": str(other)}), resume=True)
 
 
@@ -308,3 +311,21 @@ def test_too_many_bad_files_stop_a_run_after_saving_it(config, world, tmp_path):
     pretrain(straight)
     ends = [load_latest(out).tensors["model"] for out in (config.out, straight.out)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_mixture_of_two_sets(config, world, tmp_path, capsys):
+    """The second set has no captions: its rows are masked, and half of every batch is of it."""
+    plain = rewritten(world, tmp_path / "plain.jsonl", captions=[])
+    flags = ["--data.train", config.data.train, plain, "--data.weights", "1", "1", "--data.num-workers", "1"]
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 5, "data.cache": "none"}))))
+    assert main([str(path), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "vatt_tiny on cpu: 40 clips, " in said
+    assert "an epoch is 5 batches of 8 and leaves out 0 clips" in said
+    saved = load_config(str(Path(config.out) / "config.yaml")).data
+    assert (saved.train, saved.weights) == ((config.data.train, plain), (1.0, 1.0))
+    samples, sizes = join_sources([read_manifest(source) for source in saved.sources])
+    with Loader(samples, saved, Vocabulary.load(Path(config.out) / "tokenizer.json"), sizes=sizes) as loader:
+        masks = [next(batches).text_mask.sum().item() for batches in [iter(loader)] for _ in range(5)]
+    assert masks == [4] * 5

@@ -1,6 +1,7 @@
 """From media files to batches: manifests, decoding, augmentation, words, loading."""
 
 from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import DataConfig, Loader
 from vatt_engine.data.manifest import Caption, ManifestError, Sample, read_manifest, write_manifest
 from vatt_engine.data.media import MediaError, decode, decode_clip, probe
@@ -16,6 +17,7 @@ __all__ = [
     "MediaError",
     "Sample",
     "Vocabulary",
+    "build_loader",
     "decode",
     "decode_clip",
     "load_word_vectors",

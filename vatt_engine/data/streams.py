@@ -46,15 +46,17 @@ class MediaLimits:
     Args:
         max_pixels: height x width of a frame.
         max_seconds: length of the file.
+        max_bytes: size of the file.
         max_frames: frames (or audio packets) decoded for one window, from the key frame before it on.
     """
 
     max_pixels: int = 8192 * 8192
     max_seconds: float = 12 * 3600.0
+    max_bytes: int = 1 << 36
     max_frames: int = 100_000
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_seconds", "max_frames"):
+        for name in ("max_pixels", "max_seconds", "max_bytes", "max_frames"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"MediaLimits: {name} must be above 0, got {getattr(self, name)}.")
 
@@ -71,6 +73,7 @@ class Reach(NamedTuple):
     num_got: int
     num_wanted: int
     unit: str
+    holed: bool = False  # a stretch within the window has no frames or samples
 
 
 class Source:
@@ -89,8 +92,21 @@ class Source:
             raise self.error(f"the path must name a file, got {what}.")
         if os.path.getsize(file) == 0:
             raise self.error("the file must hold media, got an empty file.")
+        size = member.size if member else os.path.getsize(file)
+        if size > limits.max_bytes:
+            raise self.error(f"the file must have at most {limits.max_bytes} bytes, got {size}.")
         if member:
             self._check_member(member)
+        else:
+            self._check_riff(size)
+
+    def _check_riff(self, size: int) -> None:
+        """FFmpeg takes a wav or avi that is cut for one that is shorter."""
+        with self.faults(), self.path.open("rb") as file:
+            head = file.read(8)
+        promised = 8 + int.from_bytes(head[4:], "little")
+        if head[:4] == b"RIFF" and size + 64 < promised < 0x7FFFF000:  # from there on: written to a pipe, not known
+            raise self.error(f"the file must have the {promised} bytes that it promises, got {size}.")
 
     def _check_member(self, member: Member) -> None:
         """The tar's own header, before the content, must tell what the index does."""
@@ -101,10 +117,7 @@ class Source:
         if not info.isreg() or info.name not in names or info.size != member.size:
             text = f"be the file {' or '.join(names)} of {member.size} bytes, got {info.name!r} of {info.size}"
             raise self.error(f"the tar's member must {text}. Is the index of another tar?")
-        try:
-            _check_content(member)
-        except MediaError as error:
-            raise self.error(error.reason) from error
+        _check_content(member, self.path)
 
     @property
     def _codec_options(self) -> dict[str, str]:
@@ -200,14 +213,16 @@ class Source:
         rgb = _Rgb(short_side, multiple, self)
         count, shown = 0, None
         begin, length, gap = -math.inf, 0.0, 1 / fps if fps else 0.0
+        holed, longest = False, 0.02 + 2.5 / fps if fps else math.inf
         with closing(self.decoded("video", times[0])) as decoded:
             for time, frame in decoded:
+                holed = holed or (shown is not None and time > times[0] and time - begin > longest)
                 shown = shown or frame
                 while count < len(times) and times[count] + ROUNDING < time:
                     yield rgb(shown)
                     count += 1
                 if count == len(times):
-                    reached["video"] = Reach(time, 0.0, times[-1], len(times), len(times), "frames")
+                    reached["video"] = Reach(time, 0.0, times[-1], len(times), len(times), "frames", holed)
                     return
                 if shown is not frame:
                     shown, gap = frame, max(gap, time - begin)
@@ -218,21 +233,24 @@ class Source:
             yield rgb(shown)
         step = max(length, gap)
         num_got = sum(time < begin + step for time in times)
-        reached["video"] = Reach(begin + step, 0.02 + 1.5 * step, times[-1], num_got, len(times), "frames")
+        slack = 0.02 + 1.5 * step
+        reached["video"] = Reach(begin + step, slack, times[-1], num_got, len(times), "frames", holed)
 
     def waveform(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor, int, Reach]:
         """Mono samples from `start` on, zeros where the track has none; and their number up to the last real one."""
         wave = torch.zeros(num_samples)
         stop = start + num_samples / sample_rate
-        end, num_real = 0.0, 0
+        end, num_real, missing = -math.inf, 0, 0.0
         for time, pcm in self._runs(start, stop + 0.05, sample_rate):  # the resampler looks a little ahead
             offset = round((time - start) * sample_rate)
             first, last = max(offset, 0), min(offset + len(pcm), num_samples)
+            missing += max(time - max(end, start), 0.0) if end > -math.inf else 0.0
             end = max(end, time + len(pcm) / sample_rate)
             if first < last:
                 wave[first:last] = pcm[first - offset : last - offset]
                 num_real = max(num_real, last)
-        return wave.nan_to_num_().clamp_(-1, 1), num_real, Reach(end, 0.1, stop, num_real, num_samples, "samples")
+        reach = Reach(max(end, 0.0), 0.1, stop, num_real, num_samples, "samples", missing > 0.1)
+        return wave.nan_to_num_().clamp_(-1, 1), num_real, reach
 
     def _runs(self, start: float, stop: float, sample_rate: int) -> Iterator[tuple[float, Tensor]]:
         """(time of the first sample, resampled mono samples) of each stretch without a hole or a change of format."""
@@ -278,8 +296,8 @@ class _Run:
         return statistics.median(self.origins), torch.cat(pcm) if pcm else torch.zeros(0)
 
 
-def read_member(member: Member) -> bytearray:
-    """The bytes of a member, which must be those that were prepared.
+def read_member(member: Member, path: Path) -> bytearray:
+    """The bytes of a member of the sample that `path` names; they must be those that were prepared.
 
     Decoders do not notice all damage: of flipped bits they often make wrong pictures, of a lost end fewer ones.
 
@@ -292,21 +310,20 @@ def read_member(member: Member) -> bytearray:
             file.seek(member.offset)
             size = file.readinto(content)
     except OSError as error:
-        raise MediaError(member.path, f"the shard must be readable, got {error.strerror}.") from error
+        raise MediaError(path, f"the shard must be readable, got {error.strerror}.") from error
     if not 0 < size == member.size:
-        text = f"the member at byte {member.offset} must have {member.size or 'some'} bytes, got {size}."
-        raise MediaError(member.path, text)
+        raise MediaError(path, f"the {member.suffix} must have {member.size or 'some'} bytes, got {size}.")
     digest = sha256(content).hexdigest()
     if digest != member.sha256:
-        text = f"have the SHA-256 of the index, {member.sha256[:12]}..., got {digest[:12]}..."
-        raise MediaError(member.path, f"the member at byte {member.offset} must {text}.")
+        text = f"have the index's SHA-256, {member.sha256[:12]}..., got {digest[:12]}..."
+        raise MediaError(path, f"the {member.suffix} must {text}.")
     return content
 
 
 @lru_cache(maxsize=1 << 16)
-def _check_content(member: Member) -> None:
+def _check_content(member: Member, path: Path) -> None:
     """As read_member; once per member that is as it should be."""
-    read_member(member)
+    read_member(member, path)
 
 
 def scaled_size(width: int, height: int, short_side: int | None, multiple: int = 1) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vatt_engine.batch import Batch
 from vatt_engine.data.clips import ClipReader, Decoded, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
@@ -119,7 +120,7 @@ class DaliLoader(Loader):
         self.decoder = f"DALI on {device}"
         self._reader = DaliReader(self.config, vocabulary, seed=self.order.seed, train=self.train, device=device)
 
-    def _collate(self, rows: list[Row]):
+    def _collate(self, rows: list[Row]) -> Batch:
         batch = super()._collate(rows)
         for row in rows:
             for track in (row.video, row.audio):
@@ -231,7 +232,8 @@ class DaliMedia:
         if len(video) < count:
             text = f"decoded {len(video)} of {count} from frame {first}"
             raise self._error(f"the video must have the {self.sample.video.count} frames of the index, got {text}.")
-        return video if len(wanted) == count else video[[(number - first) // stride for number in wanted]]
+        places = [(number - first) // stride for number in wanted]
+        return video if places == list(range(count)) else video[places]
 
     def _sound(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor | None, int]:
         """Mono samples from `start` on, zeros where the track has none; and the number of real ones."""

@@ -203,6 +203,15 @@ def test_an_evaluation_on_ranks(sources):
     assert len(reasons) == 2
 
 
+def test_a_state_of_other_weights_is_refused(sources):
+    samples, sizes = join_sources(sources)
+    state = Loader(samples, replace(TINY, **MIXED), sizes=sizes).state_dict()
+    for changes in (MIXED | {"weights": (2.0, 1.0)}, {"weights": ()}):
+        with pytest.raises(ValueError, match=r"got other files or weights .* same data\.train and data\.weights"):
+            Loader(samples, replace(TINY, **changes), sizes=sizes).load_state_dict(state)
+    Loader(samples, replace(TINY, **MIXED | {"weights": (0.5, 0.5)}), sizes=sizes).load_state_dict(state)
+
+
 def test_ranks_must_divide_the_batch(sources):
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of the number of ranks 3, got 4\."):
         Loader(sources[0], TINY, world=3)

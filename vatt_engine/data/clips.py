@@ -86,13 +86,13 @@ class ClipReader:
         if config.num_samples:
             audio = torch.zeros(config.num_samples) if clip.audio is None else clip.audio
             audio = augment_audio(audio, config.augment, generator) if self.train else audio
-        return Decoded(video, audio, clip.num_real_samples > 0, clip.start, end)
+        return Decoded(video, audio, clip.num_real_samples > 0, clip.start, end, clip.note)
 
     def worded(self, sample: Sample, decoded: Decoded) -> Row:
         """The row of a decoded sample, with the captions of the sample nearest to its window."""
         captions = [c for c in captions_within(sample.captions, decoded.end) if c.end >= sample.start]
         notes, left_out = [decoded.note] if decoded.note else [], len(sample.captions) - len(captions)
-        if left_out and sample.end is None:
+        if left_out and (sample.start, sample.end) == (0, None):
             notes.append(f"captions must begin within the {decoded.end:.3f} s of the file, got {left_out} later.")
         elif left_out:
             span = f"{sample.start:.3f} to {decoded.end:.3f} s"
@@ -100,8 +100,8 @@ class ClipReader:
         text, text_mask = self._text(captions, decoded.start)
         return Row(decoded.video, decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes))
 
-    def check(self, sample: Sample, start: float, seconds: float) -> float | None:
-        """Decode the part of a sample that begins at `start`, and forget it; where the next one begins, if any does.
+    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
+        """Decode the part of a sample that begins at `start`, and forget it: where the next one begins, what was odd.
 
         Raises:
             MediaError: the file cannot be used.
@@ -109,7 +109,7 @@ class ClipReader:
         config, media = self.config, self._media(sample)
         end, start = self._end(sample, media), max(start, sample.start)
         part = min(seconds, end - start)
-        media.read(
+        clip = media.read(
             start,
             num_frames=max(1, round(part * config.fps)),
             fps=config.fps,
@@ -117,7 +117,7 @@ class ClipReader:
             sample_rate=config.sample_rate,
             short_side=config.short_side,
         )
-        return start + seconds if start + seconds + 1 / config.fps < end else None
+        return (start + seconds if start + seconds + 1 / config.fps < end else None), clip.note
 
     def _end(self, sample: Sample, source: Track | Media) -> float:
         """The second of the file at which the sample ends, or the file, if that is sooner."""

@@ -98,7 +98,7 @@ class Loader:
         self._reader = ClipReader(config, vocabulary, seed=seed, train=train)
         self._executor: ThreadPoolExecutor | None = None
         self._workers: Workers | None = None
-        self._fingerprint = hash_of(*(sample.id for sample in samples))
+        self._fingerprint = hash_of(*(sample.id for sample in samples), *self.order.shares)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -135,12 +135,12 @@ class Loader:
         """Go to where `state_dict` was taken, on any number of ranks; the next `iter` begins there, with its seed.
 
         Raises:
-            ValueError: the state belongs to another set of files.
+            ValueError: the state belongs to another set of files, or to other weights of them.
         """
         if state["samples"] != self._fingerprint:
             raise ValueError(
-                f"loader: the manifest must be the one the state was saved with, got other files in its"
-                f" {len(self.samples)} rows. Resume with the same data.train."
+                f"loader: the manifest must be the one the state was saved with, got other files or weights in its"
+                f" {len(self.samples)} rows. Resume with the same data.train and data.weights."
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self.order.seed = self._reader.seed = state["seed"]

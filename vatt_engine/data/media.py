@@ -70,6 +70,7 @@ class Clip(NamedTuple):
     start: float
     num_real_frames: int
     num_real_samples: int
+    note: str = ""  # what was odd
 
 
 class Track(NamedTuple):
@@ -81,6 +82,7 @@ class Track(NamedTuple):
     sample_rate: int
     num_frames: int
     num_real_samples: int
+    note: str = ""
 
     @property
     def duration(self) -> float:
@@ -98,7 +100,7 @@ class Track(NamedTuple):
         sample, num_left = (round(n / self.fps * self.sample_rate) for n in (first, period))
         audio = None if self.audio is None else self.audio[sample : sample + min(num_left, num_samples)]
         num_real = 0 if audio is None else min(max(self.num_real_samples - sample, 0), len(audio))
-        return _repeated(video, audio, first / self.fps, num_frames, num_samples, num_real)
+        return _repeated(video, audio, first / self.fps, num_frames, num_samples, num_real, self.note)
 
 
 def probe(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> MediaInfo:
@@ -198,8 +200,8 @@ class Media:
             self._sources = {kind: Source(path, limits, member, kind) for kind, member in members.items()}
         else:
             self._sources = dict.fromkeys(("video", "audio"), Source(path, limits))
-        self._source, self._in_shard = next(iter(self._sources.values())), bool(members)
-        infos = {source: self._opened(source) for source in self._sources.values()}
+        self._source, self._in_shard, self._notes = next(iter(self._sources.values())), bool(members), []
+        infos = {source: self._opened(source) for source in dict.fromkeys(self._sources.values())}
         self.info = next(iter(infos.values()))
         if members:
             if len(infos) == 2:
@@ -208,6 +210,9 @@ class Media:
             seconds = duration or max(info.duration for info in infos.values())
             self.info = self.info._replace(duration=seconds, video_end=seconds if self.info.has_video else None)
         self._check_limits()
+        if self.info.video_end is not None and self.info.video_end < self.info.duration - 0.5:
+            text = f"last as long as the file, {self.info.duration:.3f} s, got {self.info.video_end:.3f} s"
+            self._notes.append(f"the video must {text}.")
 
     @property
     def duration(self) -> float:
@@ -247,7 +252,8 @@ class Media:
                 times = [start + i / fps for i in range(min(num_frames, period))]
                 video, reached["video"] = self._sources["video"].frames(times, self.info.fps, short_side)
             self.check_reached(start, reached)
-        return _repeated(video, audio, start, num_frames, num_samples, num_real)
+        holes = [f"the {kind} must be whole, got a hole in it." for kind, reach in reached.items() if reach.holed]
+        return _repeated(video, audio, start, num_frames, num_samples, num_real, " ".join(self._notes + holes))
 
     def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> Track:
         """The whole file; see decode."""
@@ -256,7 +262,7 @@ class Media:
         clip = self.read(
             0.0, num_frames=count, fps=fps, num_samples=num_samples, sample_rate=sample_rate, short_side=short_side
         )
-        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples)
+        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples, clip.note)
 
     def pictures(
         self, start: float, num_frames: int, *, fps: float, short_side: int | None, reached: dict[str, Reach]
@@ -289,6 +295,8 @@ class Media:
         with source.faults(), source.opened() as (container, streams):
             starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
             source.zero = 0.0 if source.member else float(min(starts, default=0))
+            if source.zero > 0.1 and "matroska" in container.format.name:  # so it looks where the first cluster is lost
+                self._notes.append(f"the file must begin at second 0, got its first frame at {source.zero:.3f} s.")
             return _described(source.zero, container, streams)
 
     def _check_limits(self) -> None:
@@ -357,7 +365,13 @@ def _scanned_end(zero: float, container: Any, streams: dict[str, Any]) -> float:
 
 
 def _repeated(
-    video: Tensor | None, audio: Tensor | None, start: float, num_frames: int, num_samples: int, num_real_samples: int
+    video: Tensor | None,
+    audio: Tensor | None,
+    start: float,
+    num_frames: int,
+    num_samples: int,
+    num_real_samples: int,
+    note: str,
 ) -> Clip:
     """The clip of the given length that repeats what is there."""
     num_real_frames = 0 if video is None else len(video)
@@ -365,4 +379,4 @@ def _repeated(
         video = video[torch.arange(num_frames) % len(video)]
     if audio is not None and len(audio) < num_samples:
         audio = audio[torch.arange(num_samples) % len(audio)]
-    return Clip(video, audio, start, num_real_frames, num_real_samples)
+    return Clip(video, audio, start, num_real_frames, num_real_samples, note)

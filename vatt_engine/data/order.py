@@ -57,7 +57,8 @@ class Order:
         self.seed = seed
         self.sizes = tuple(sizes) if weights else (sum(sizes),)
         self.begins = (0, *accumulate(self.sizes))
-        counts = whole_shares(weights) if weights else (1,)
+        self.shares = whole_shares(weights)  # of each source in whole numbers; none without weights
+        counts = self.shares or (1,)
         self._sources = torch.tensor(interleaved(counts))
         self._counts = torch.tensor(counts)
         ranks = torch.nn.functional.one_hot(self._sources, len(counts)).cumsum(0) - 1

@@ -74,6 +74,7 @@ class Reach(NamedTuple):
     num_got: int
     num_wanted: int
     unit: str
+    holed: bool = False  # a stretch within the window has no frames or samples
 
 
 class Source:
@@ -97,6 +98,16 @@ class Source:
             raise self.error(f"the file must have at most {limits.max_bytes} bytes, got {size}.")
         if member:
             self._check_member(member)
+        else:
+            self._check_riff(size)
+
+    def _check_riff(self, size: int) -> None:
+        """FFmpeg takes a wav or avi that is cut for one that is shorter."""
+        with self.faults(), self.path.open("rb") as file:
+            head = file.read(8)
+        promised = 8 + int.from_bytes(head[4:], "little")
+        if head[:4] == b"RIFF" and size + 64 < promised < 0x7FFFF000:  # from there on: written to a pipe, not known
+            raise self.error(f"the file must have the {promised} bytes that it promises, got {size}.")
 
     def _check_member(self, member: Member) -> None:
         """The tar's own header, before the content, must tell what the index does."""
@@ -203,14 +214,16 @@ class Source:
         rgb = _Rgb(short_side, multiple, self)
         count, shown = 0, None
         begin, length, gap = -math.inf, 0.0, 1 / fps if fps else 0.0
+        holed, longest = False, 0.02 + 2.5 / fps if fps else math.inf
         with closing(self.decoded("video", times[0])) as decoded:
             for time, frame in decoded:
+                holed = holed or (shown is not None and time > times[0] and time - begin > longest)
                 shown = shown or frame
                 while count < len(times) and times[count] + ROUNDING < time:
                     yield rgb(shown)
                     count += 1
                 if count == len(times):
-                    reached["video"] = Reach(time, 0.0, times[-1], len(times), len(times), "frames")
+                    reached["video"] = Reach(time, 0.0, times[-1], len(times), len(times), "frames", holed)
                     return
                 if shown is not frame:
                     shown, gap = frame, max(gap, time - begin)
@@ -221,21 +234,24 @@ class Source:
             yield rgb(shown)
         step = max(length, gap)
         num_got = sum(time < begin + step for time in times)
-        reached["video"] = Reach(begin + step, 0.02 + 1.5 * step, times[-1], num_got, len(times), "frames")
+        slack = 0.02 + 1.5 * step
+        reached["video"] = Reach(begin + step, slack, times[-1], num_got, len(times), "frames", holed)
 
     def waveform(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor, int, Reach]:
         """Mono samples from `start` on, zeros where the track has none; and their number up to the last real one."""
         wave = torch.zeros(num_samples)
         stop = start + num_samples / sample_rate
-        end, num_real = 0.0, 0
+        end, num_real, missing = -math.inf, 0, 0.0
         for time, pcm in self._runs(start, stop + 0.05, sample_rate):  # the resampler looks a little ahead
             offset = round((time - start) * sample_rate)
             first, last = max(offset, 0), min(offset + len(pcm), num_samples)
+            missing += max(time - max(end, start), 0.0) if end > -math.inf else 0.0
             end = max(end, time + len(pcm) / sample_rate)
             if first < last:
                 wave[first:last] = pcm[first - offset : last - offset]
                 num_real = max(num_real, last)
-        return wave.nan_to_num_().clamp_(-1, 1), num_real, Reach(end, 0.1, stop, num_real, num_samples, "samples")
+        reach = Reach(max(end, 0.0), 0.1, stop, num_real, num_samples, "samples", missing > 0.1)
+        return wave.nan_to_num_().clamp_(-1, 1), num_real, reach
 
     def _runs(self, start: float, stop: float, sample_rate: int) -> Iterator[tuple[float, Tensor]]:
         """(time of the first sample, resampled mono samples) of each stretch without a hole or a change of format."""

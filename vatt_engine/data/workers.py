@@ -71,14 +71,16 @@ class Workers:
             ChildProcessError: no process can be started, or `close` was called meanwhile.
         """
         with self._borrowed() as worker:
-            reply = worker.ask(sample, {"seed": seed, "epoch": epoch, "window": window})
+            reply, note = worker.ask(sample, {"seed": seed, "epoch": epoch, "window": window})
             audio = None if worker.audio is None else worker.audio.clone()
+            reply["note"] = " ".join(filter(None, (reply["note"], note)))
             return Decoded(worker.video.clone(), audio, **reply)
 
-    def check(self, sample: Sample, start: float, seconds: float) -> float | None:
+    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
         """See ClipReader.check; errors as `decode`, whose limit of time holds for each part."""
         with self._borrowed() as worker:
-            return worker.ask(sample, {"start": start, "seconds": seconds})["next"]
+            reply, note = worker.ask(sample, {"start": start, "seconds": seconds})
+            return reply["next"], " ".join(filter(None, (reply["note"], note)))
 
     def close(self) -> None:
         """Kill the processes."""
@@ -100,7 +102,8 @@ class _Worker:
         self.config, self.nursery = config, nursery
         self.pid: int | None = None
 
-    def ask(self, sample: Sample, task: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, sample: Sample, task: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """The answer, and what was odd about getting it."""
         message, note = task | {"sample": _fields(sample)}, ""
         for _ in range(2):
             if self.pid is None:
@@ -116,7 +119,7 @@ class _Worker:
             elif "error" in reply:
                 raise MediaError(sample.path, reply["error"])
             else:
-                return reply | ({"note": f"{note} once."} if note else {})
+                return reply, note and f"{note} once."
         raise MediaError(sample.path, f"{note} twice.")
 
     def _start(self) -> None:
@@ -239,7 +242,7 @@ def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor, Ten
     sample = _sample(task["sample"])
     try:
         if "start" in task:
-            return {"next": reader.check(sample, task["start"], task["seconds"])}
+            return dict(zip(("next", "note"), reader.check(sample, task["start"], task["seconds"])))
         reader.seed = task["seed"]
         decoded = reader.decode(sample, task["epoch"], task["window"])
     except MediaError as error:
@@ -247,7 +250,7 @@ def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor, Ten
     for place, value in zip(tensors, (decoded.video, decoded.audio)):
         if place is not None:
             place.copy_(value)
-    return {name: getattr(decoded, name) for name in ("audio_mask", "start", "end")}
+    return {name: getattr(decoded, name) for name in ("audio_mask", "start", "end", "note")}
 
 
 def _sockets() -> tuple[socket.socket, socket.socket]:

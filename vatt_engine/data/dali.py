@@ -26,7 +26,7 @@ from vatt_engine.data.clips import ClipReader, Decoded, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample
-from vatt_engine.data.media import Clip, MediaError, _repeated
+from vatt_engine.data.media import Clip, MediaError
 from vatt_engine.data.resample import area_scaled, resampled
 from vatt_engine.data.streams import ROUNDING, read_member, scaled_size
 from vatt_engine.data.words import Vocabulary
@@ -196,20 +196,20 @@ class DaliMedia:
         sample_rate: int,
         short_side: int | None = None,
     ) -> Clip:
-        """The window that begins with the frame on screen at `start`; see Media.read.
+        """The window that begins with the frame on screen at `start`, as far as the sample goes; see Media.read.
 
         Raises:
             MediaError: the bytes are not those of the index, or DALI cannot decode them.
         """
         rate, count = self.sample.video.rate, self.sample.video.count
-        start = math.floor((start + ROUNDING) * rate) / rate
+        start = min(math.floor((start + ROUNDING) * rate), count - 1) / rate
         period = max(1, round((self.duration - start) * fps))
         audio, num_real = self._sound(start, min(num_samples, round(period / fps * sample_rate)), sample_rate)
         times = (start + i / fps for i in range(min(num_frames, period)))
         video = self._frames([min(math.floor((time + ROUNDING) * rate), count - 1) for time in times])
         height, width = video.shape[1:3]
         video = area_scaled(video, *scaled_size(width, height, short_side))
-        return _repeated(video, audio, start, num_frames, num_samples, num_real)
+        return Clip(video, audio, start, len(video), num_real)
 
     def _frames(self, wanted: list[int]) -> Tensor:
         """The frames of these rising numbers, [N, H, W, 3] uint8."""

@@ -161,6 +161,7 @@ BENCH = Bench(
 )
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 @cases(BENCH)
 def test_data(measure, case):

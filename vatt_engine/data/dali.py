@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vatt_engine.batch import Batch
 from vatt_engine.data.clips import ClipReader, Decoded, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample
-from vatt_engine.data.media import Clip, MediaError, _repeated
+from vatt_engine.data.media import Clip, MediaError
 from vatt_engine.data.resample import area_scaled, resampled
 from vatt_engine.data.streams import ROUNDING, read_member, scaled_size
 from vatt_engine.data.words import Vocabulary
@@ -119,7 +120,7 @@ class DaliLoader(Loader):
         self.decoder = f"DALI on {device}"
         self._reader = DaliReader(self.config, vocabulary, seed=self.order.seed, train=self.train, device=device)
 
-    def _collate(self, rows: list[Row]):
+    def _collate(self, rows: list[Row]) -> Batch:
         batch = super()._collate(rows)
         for row in rows:
             for track in (row.video, row.audio):
@@ -195,20 +196,20 @@ class DaliMedia:
         sample_rate: int,
         short_side: int | None = None,
     ) -> Clip:
-        """The window that begins with the frame on screen at `start`; see Media.read.
+        """The window that begins with the frame on screen at `start`, as far as the sample goes; see Media.read.
 
         Raises:
             MediaError: the bytes are not those of the index, or DALI cannot decode them.
         """
         rate, count = self.sample.video.rate, self.sample.video.count
-        start = math.floor((start + ROUNDING) * rate) / rate
+        start = min(math.floor((start + ROUNDING) * rate), count - 1) / rate
         period = max(1, round((self.duration - start) * fps))
         audio, num_real = self._sound(start, min(num_samples, round(period / fps * sample_rate)), sample_rate)
         times = (start + i / fps for i in range(min(num_frames, period)))
         video = self._frames([min(math.floor((time + ROUNDING) * rate), count - 1) for time in times])
         height, width = video.shape[1:3]
         video = area_scaled(video, *scaled_size(width, height, short_side))
-        return _repeated(video, audio, start, num_frames, num_samples, num_real)
+        return Clip(video, audio, start, len(video), num_real)
 
     def _frames(self, wanted: list[int]) -> Tensor:
         """The frames of these rising numbers, [N, H, W, 3] uint8."""
@@ -231,7 +232,8 @@ class DaliMedia:
         if len(video) < count:
             text = f"decoded {len(video)} of {count} from frame {first}"
             raise self._error(f"the video must have the {self.sample.video.count} frames of the index, got {text}.")
-        return video if len(wanted) == count else video[[(number - first) // stride for number in wanted]]
+        places = [(number - first) // stride for number in wanted]
+        return video if places == list(range(count)) else video[places]
 
     def _sound(self, start: float, num_samples: int, sample_rate: int) -> tuple[Tensor | None, int]:
         """Mono samples from `start` on, zeros where the track has none; and the number of real ones."""

@@ -26,7 +26,8 @@ ROUNDING = 1e-3  # seconds; times in mkv, webm and flv are rounded to 1 ms
 PREROLL = {"video": (0.2, 10.0), "audio": (0.5, 10.0)}  # seconds to seek ahead of a window: first try, second try
 MEMBER_SUFFIXES = {"video": (".mp4", ".webm", ".avi"), "audio": (".flac",)}  # what of a shard is opened
 # libswscale's flags "area", "full_chroma_int" and "accurate_rnd". Without the last two the colours of an unscaled
-# frame, one per 2 x 2 pixels, are repeated instead of interpolated: 30 dB from DALI's frames, and off the source's.
+# frame, one per 2 x 2 pixels, are repeated instead of interpolated: 30 dB from DALI's where colours are strong, 45 dB
+# where pale, and further from the source. They cost 0.3 ms of a frame of 256 x 336.
 SCALER = 0x20 | 0x2000 | 0x40000
 MEMBER_FORMATS = "mov,matroska,avi,flac"  # as what, by FFmpeg's names
 

@@ -100,7 +100,7 @@ def metrics(shape, dtype, seconds):
 
 
 def provider(name):
-    return lambda _shape, batch, engines: engines[name].step([batch]).terms
+    return lambda _shape, batch, engines: engines[name].step(batch).terms
 
 
 COMPILED = "blocks compiled"

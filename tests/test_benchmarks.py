@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_step, harness, report, results, sanitize, timing
 from benchmarks.bench_attention import BENCH as ATTENTION
 from benchmarks.bench_checkpoint import measure as measure_checkpoints
+from benchmarks.bench_engine import measure as measure_engine
 from benchmarks.bench_tokenize import BENCH as TOKENIZE
 from benchmarks.harness import Bench, Case, Options, measure
 from benchmarks.shapes import SHAPES
@@ -320,3 +321,8 @@ def test_the_cost_of_a_checkpoint_is_measured(tmp_path):
     files = (tmp_path / "checkpoints").glob("step-00000002/*.safetensors")
     assert result["megabytes"] == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, rel=0.05)
     assert 0 < result["stall"] < result["write"]
+
+
+def test_the_cost_of_the_engine_is_measured():
+    result = measure_engine("vatt_tiny", 2, rounds=1, device="cpu")
+    assert result["overhead"] == pytest.approx(result["engine"] / result["bare"] - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import signal
 import subprocess
@@ -17,6 +19,8 @@ from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.quarantine import QuarantineError
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
+from vatt_engine.engine.engine import Engine
+from vatt_engine.engine.faults import SpikeGuard
 from vatt_engine.models import from_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import PretrainConfig, load_config
@@ -329,3 +333,50 @@ def test_a_mixture_of_two_sets(config, world, tmp_path, capsys):
     with Loader(samples, saved, Vocabulary.load(Path(config.out) / "tokenizer.json"), sizes=sizes) as loader:
         masks = [next(batches).text_mask.sum().item() for batches in [iter(loader)] for _ in range(5)]
     assert masks == [4] * 5
+
+
+def test_a_loss_that_jumps_sets_the_run_back_and_skips_the_data(config, monkeypatch, capsys):
+    config = replace(config, {"engine.steps": 9, "schedule.total_steps": 9, "engine.spike_factor": 4.0})
+    monkeypatch.setattr("vatt_engine.tasks.pretrain.SpikeGuard", functools.partial(SpikeGuard, window=4))
+    step, seen = Engine.step, []
+
+    def jumping(self, batch):
+        out = step(self, batch)
+        seen.append((out.step, batch.sample_id.tolist()))
+        return out._replace(terms=out.terms | {"total": out.terms["total"] * (100 if len(seen) == 6 else 1)})
+
+    monkeypatch.setattr(Engine, "step", jumping)
+    assert pretrain(config) == 0
+    steps, batches = zip(*seen)
+    assert steps == (1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9)  # back from 6 to the checkpoint of 4
+    assert len(set(map(tuple, batches))) == len(batches)  # with other data
+    event = json.loads((Path(config.out) / "events.jsonl").read_text())
+    assert (event["step"], event["to"]) == (6, 4)
+    assert [record["step"] for record in records(config.out)] == [2, 4, 6, 8, 9]
+    assert "step 6: the loss jumps: went back and skipped the data since then, to 4" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_a_message_with_what_helps(config, monkeypatch, capsys):
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Engine, "step", full)
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_yaml(to_dict(config)))
+    assert main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("--engine.accumulate", "--engine.precision bf16", "--data.batch-size"))
+
+
+def test_an_end_that_cannot_be_saved_is_a_message(config, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 4}))))
+    monkeypatch.setattr("vatt_engine.engine.checkpoint.os.fsync", full)
+    assert main([str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "warning: the checkpoint could not be written; older ones are intact, the next save tries" in captured.out
+    assert f"the checkpoint of step 4 must fit on the disk, got: [Errno {errno.ENOSPC}]" in captured.err
+    assert f"`vatt pretrain --resume {config.out}` goes on" in captured.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine import checkpoint
 from vatt_engine.engine.faults import TrainingStopped
-from vatt_engine.engine.logging import versions
+from vatt_engine.engine.logging import versions, write_text
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
 from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
@@ -24,6 +25,7 @@ from vatt_engine.engine.strategies_zero import Zero
 from vatt_engine.engine.writer import CheckpointWriter
 
 STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
+PARTS_FILE = "accumulate"  # in the run folder, where memory has run out: the parts that go on
 ZERO_FROM = 300_000_000  # trainable parameters from which "auto" is ZeRO-2: vatt_lbs and vatt_ma_large are above
 
 
@@ -39,8 +41,10 @@ class EngineConfig:
             several ddp, or zero2 from 300 million trainable parameters.
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones.
+        compile: torch.compile of the backbones; not with zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32).
+        halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
+            several ranks after a restart, which torchrun does), instead of stopping.
         max_skipped: steps in a row that may be skipped for a loss or gradient that is not finite.
         log_every: steps per record in metrics.jsonl and per progress line.
         save_every: steps per checkpoint; the last step is always saved.
@@ -60,6 +64,7 @@ class EngineConfig:
     checkpoint_activations: bool = False
     compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    halve_on_oom: bool = False
     max_skipped: int = 20
     log_every: int = 50
     save_every: int = 10_000
@@ -95,16 +100,19 @@ class EngineConfig:
         Raises:
             ValueError: the name means nothing, or the GPU is not there.
         """
-        if self.device in ("auto", "cuda") and torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else None)
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "RANK" in os.environ:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            device = torch.device("cpu" if self.device == "auto" else self.device)
+            device = torch.device(name)
         except RuntimeError:
             device = None
         if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
             raise ValueError(f"engine: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            here = f"{self.device!r} where there are {torch.cuda.device_count()}"
+            here = f"{name!r} where there are {torch.cuda.device_count()}"
             raise ValueError(f"engine: device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
         return device
 
@@ -137,8 +145,9 @@ class Engine:
     such a gradient.
 
     Args:
-        module: called as `module(batch, seed=int)`. With accumulation it needs `features(batch, seed=)`, a dict of
-            tensors in which no row depends on another, and `heads(**features)`; buffers may change in the heads only.
+        module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
+            then may change buffers of the heads only.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
         config: steps, accumulation, strategy, precision.
@@ -166,6 +175,9 @@ class Engine:
     ):
         self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
         self.writer = CheckpointWriter(keep=config.keep_checkpoints)
+        self.parts = config.accumulate
+        if config.halve_on_oom and run_dir is not None and (path := Path(run_dir) / PARTS_FILE).is_file():
+            self.parts = max(self.parts, int(path.read_text()))
         self.device = config.torch_device()
         self.module, self.loss = module, loss
         self.trained = Trained(module, loss, autocast=config.precision == "bf16", compiled=config.compile)
@@ -177,7 +189,8 @@ class Engine:
             )
         if config.checkpoint_activations:
             _checkpoint_activations(module)
-        self.strategy = _strategy(self.trained, config, optim)
+        self.strategy_name = _strategy_name(self.trained, config)
+        self.strategy = _strategy(self.strategy_name, self.trained, config, optim)
         self.finished = 0  # steps
         self.skipped = 0  # of them, in the whole run
         self.skipped_in_a_row = 0
@@ -197,7 +210,16 @@ class Engine:
         lr = learning_rate(self.finished, self.schedule, self.peak)
         self.strategy.begin(lr)
         before = [(buffer, buffer.clone()) for buffer in self.trained.buffers()]
-        terms = self._backward(batch.to(self.device))
+        batch = batch.to(self.device)
+        while True:
+            try:
+                terms = self._backward(batch)
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve(len(batch), error)
+            for buffer, value in before:
+                buffer.copy_(value)
+            self.strategy.begin(lr)
         norm, taken = self.strategy.update()
         if not taken:
             for buffer, value in before:
@@ -210,7 +232,7 @@ class Engine:
         seed: int | Tensor = derive_seed(self.config.seed, self.finished)
         if self.config.compile:
             seed = torch.tensor(seed, device=self.device)  # a number would be compiled in
-        parts = min(self.config.accumulate, len(batch))
+        parts = min(self.parts, len(batch))
         if parts > 1:
             terms = self._backward_in_parts(batch, batch.split(parts), seed)
         else:
@@ -238,6 +260,19 @@ class Engine:
             products = [(features[name].float() * g[index].float()).sum() for name, g in gradients.items()]
             self.strategy.backward(torch.stack(products).sum(), last=index == len(parts) - 1)
         return terms
+
+    def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> None:
+        """Twice as many parts from here on, or, where ranks are in the midst of a collective, from the restart on."""
+        if not self.config.halve_on_oom or self.run_dir is None or not self.trained.splits or self.parts >= num_rows:
+            raise error
+        self.parts *= 2
+        text = f"step {self.finished + 1}: out of memory; from here on the batch goes through in {self.parts} parts"
+        write_text(self._folder() / PARTS_FILE, f"{self.parts}\n")
+        if world_size() > 1:
+            raise TrainingStopped(f"rank {rank()}: {text}, after a restart with --resume.") from error
+        print(text, file=sys.stderr)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _set_random(self, part: int) -> None:
         torch.manual_seed(derive_seed(self.config.seed, self.finished, part, rank()))
@@ -298,16 +333,22 @@ class Engine:
         return Path(self.run_dir)
 
 
-def _strategy(trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
-    name = config.strategy
-    if name == "auto":
-        many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
-        name = "single" if world_size() == 1 else "zero2" if many else "ddp"
-    if name == "single" and world_size() > 1:
+def _strategy_name(trained: Trained, config: EngineConfig) -> str:
+    """The one to use: "auto" decided, "ddp" of one process is "single"."""
+    if config.strategy == "single" and world_size() > 1:
         raise ValueError(f"engine: strategy must share the work of {world_size()} processes, got single.")
+    if config.strategy.startswith("zero"):
+        return config.strategy
+    if world_size() == 1:
+        return "single"
+    many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
+    return "zero2" if config.strategy == "auto" and many else "ddp"
+
+
+def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
     if name.startswith("zero"):
         return Zero(trained, optim, stage=int(name[-1]), offload=config.offload)
-    return DDP(trained, optim) if name == "ddp" and world_size() > 1 else Single(trained, optim)
+    return DDP(trained, optim) if name == "ddp" else Single(trained, optim)
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

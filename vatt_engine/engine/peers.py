@@ -17,20 +17,28 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
-from vatt_engine.collectives import rank, world_size
+from vatt_engine.collectives import all_reduce_max, rank, world_size
 from vatt_engine.engine.faults import TrainingStopped
 
 _SILENCE = 20.0  # seconds without a sign of life after which a rank counts as dead
 _BEAT = 1.0
 _WRITE_LIMIT = 1800.0  # seconds that a rank may write at its part of a checkpoint after another has finished
-_meetings, _watches = itertools.count(), itertools.count()  # keys of the store that were not used before
 
 
-def shared_store() -> dist.Store | None:
-    """The process group's store for use by one more thread; None where there is one process."""
-    return dist.distributed_c10d._get_default_store().clone() if world_size() > 1 else None
+def shared_store() -> tuple[str, dist.Store] | None:
+    """A name that is new, and the process group's store for one more thread under it; None where there is one process.
+
+    All ranks call it in the same order. torchrun's store outlives a restart of its ranks, and so do the keys in it.
+    """
+    if world_size() == 1:
+        return None
+    number = torch.tensor(secrets.randbits(48) if rank() == 0 else 0)
+    number = all_reduce_max(number.cuda() if dist.get_backend() == "nccl" else number)
+    name = f"{int(number):012x}"
+    return name, dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
 
 
 class Meeting:
@@ -48,12 +56,10 @@ class Meeting:
     @classmethod
     def series(cls) -> Callable[[], Meeting | None]:
         """Gives one meeting after another; None where there is one process. All ranks call it in the same order."""
-        store, prefix = shared_store(), f"checkpoints/{next(_meetings)}"
-        if store is None:
+        shared, numbers = shared_store(), itertools.count()
+        if shared is None:
             return lambda: None
-        if rank() == 0:
-            store.set(prefix, secrets.token_hex(4))
-        name, numbers = store.get(prefix).decode(), itertools.count()
+        name, store = shared
         return lambda: cls(store, rank(), world_size(), f"{name}-{next(numbers)}")
 
     def conclude(self, files: dict[str, Any], commit: Callable[[dict[str, Any]], None]) -> None:
@@ -107,8 +113,8 @@ class Peers:
     """
 
     def __init__(self, *, silence: float = _SILENCE):
-        self.silence, store = silence, shared_store()
-        self.store = None if store is None else dist.PrefixStore(f"peers/{next(_watches)}", store)
+        self.silence, shared = silence, shared_store()
+        self.store = None if shared is None else shared[1]
         self.dead: str | None = None
         self.found, self.left = threading.Event(), threading.Event()
 

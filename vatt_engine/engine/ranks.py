@@ -31,7 +31,11 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and in it the addresses of ranks that are dead.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 

@@ -83,6 +83,7 @@ class Single:
     Args:
         trained: on its device.
         optim: optimizer settings.
+        on_cpu: whether updates are computed on the CPU; by default if the parameters are there.
     """
 
     def __init__(self, trained: Trained, optim: OptimConfig, *, on_cpu: bool | None = None):
@@ -204,7 +205,7 @@ class DDP(Single):
                 size = 0
             self.buckets[-1].append(parameter)
             size += parameter.nbytes
-        self.reached = set(self.parameters.values())  # by the last backward
+        self.reached = set(self.parameters.values())  # by the newest backward
         self.last = False
         for index, bucket in enumerate(self.buckets):
             for parameter in bucket:

@@ -85,7 +85,7 @@ class Zero(Single):
         )
         self.sharded = self.deepspeed.optimizer
         self.flat = (
-            self.sharded.fp32_partitioned_groups_flat if stage == 3 else (self.sharded.single_partition_of_fp32_groups)
+            self.sharded.fp32_partitioned_groups_flat if stage == 3 else self.sharded.single_partition_of_fp32_groups
         )
         for part in self.flat:
             self.optimizer.state[part] = self.optimizer.first_state(part)
@@ -192,7 +192,7 @@ class Zero(Single):
 def _deepspeed(device: torch.device) -> Any:
     """The package, quiet, on this kind of device, with a process group and the variables it expects to find."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # it guesses by what is installed
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
     except ImportError as error:

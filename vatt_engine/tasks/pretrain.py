@@ -151,7 +151,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
         log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
         log.say(f"clips are decoded by {loader.decoder}")
         if world_size() > 1:
-            log.say(f"{world_size()} processes, {type(engine.strategy).__name__}")
+            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:
@@ -244,8 +244,8 @@ def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLo
         engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
     except OSError as error:
         raise TrainingStopped(
-            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error} Older ones are "
-            f"intact: `vatt pretrain --resume {config.out}` goes on from the newest."
+            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error}. Older ones "
+            f"are intact, `vatt pretrain --resume {config.out}` goes on from the newest."
         ) from error
     finally:
         for line in engine.writer.news():

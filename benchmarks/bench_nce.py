@@ -3,9 +3,15 @@
 s = a @ b.T / temperature [B, B P],  loss = mean_i(logsumexp(row i and column i of s) - logsumexp(positives of i))
 """
 
+import functools
 import importlib.util
 import json
+import math
+import os
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import machine
 from benchmarks.harness import FORWARD_BACKWARD, Bench, Checked, assert_close, cases, compiled, in_double, one_pass
-from benchmarks.shapes import NCE_MEMORY, SHAPES
+from benchmarks.shapes import NCE_LARGEST, NCE_MEMORY, SHAPES
 from benchmarks.timing import peak_extra_bytes
 from vatt_engine.ops import mil_nce
 from vatt_engine.testing import devices, randn
@@ -88,11 +94,19 @@ def two_matrices(_shape, video, text):
     return one + F.cross_entropy(text @ video.T / TEMPERATURE, own)
 
 
-def open_clip_loss(_shape, video, text):
-    from open_clip.loss import ClipLoss
+@functools.cache
+def open_clip():
+    """open_clip's file of losses, by itself: the package imports torchvision, which the CPU's torch may not have."""
+    package = Path(importlib.util.find_spec("open_clip").origin).parent
+    spec = importlib.util.spec_from_file_location("open_clip_loss", package / "loss.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def open_clip_loss(_shape, video, text):
     video, text = F.normalize(video, dim=-1), F.normalize(text.squeeze(1), dim=-1)
-    return 2 * ClipLoss()(video, text, 1 / TEMPERATURE)
+    return 2 * open_clip().ClipLoss()(video, text, 1 / TEMPERATURE)
 
 
 def check_large(bench, case, given):
@@ -150,15 +164,52 @@ def test_memory_grows_with_the_batch_alone(request, device):
     row_bytes = 2 * NCE_MEMORY[0].dim * 4  # one row of either side in float32
     found = {"device": device, "dim": NCE_MEMORY[0].dim, "batch": batches, "extra_bytes": points}
     found |= {"slope": slope, "slope_in_rows": slope / row_bytes, "intercept": intercept, "stamp": machine.stamp()}
-    print(json.dumps(found))
-    if (folder := request.config.getoption("--results")) is not None:
-        path = folder / machine.slug() / f"nce_memory_{device}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    if (path := keep(request, f"nce_memory_{device}", found)) is not None:
         plot_memory(found, path.with_suffix(".png"))
     worst = max(abs(slope * x + intercept - y) for x, y in zip(batches, points))
     assert worst < 0.05 * points[-1], found
     assert slope < 5 * row_bytes, found
+
+
+LARGEST = """
+import json, resource, time, torch
+from vatt_engine.ops import nce
+a, b = (torch.randn({batch}, {dim}, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (1, 2))
+start = time.perf_counter()
+loss = nce(a, b, {temperature}, form="symmetric")
+loss.backward()
+finite = bool(a.grad.isfinite().all() & b.grad.isfinite().all())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+found = dict(loss=loss.item(), finite=finite, process_bytes=peak, seconds=time.perf_counter() - start)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the peak of a process is read as Unix tells it")
+def test_a_batch_whose_matrix_takes_64_gib(request):
+    """On a CPU, forward and backward, the whole process under 4 GB; the loss is that of unrelated embeddings."""
+    batch, dim = NCE_LARGEST.batch, NCE_LARGEST.dim
+    code = LARGEST.format(batch=batch, dim=dim, temperature=TEMPERATURE)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = {"batch": batch, "dim": dim, **json.loads(run.stdout), "stamp": machine.stamp()}
+    keep(request, "nce_largest_cpu", found)
+    # Cosines are N(0, 1/D): the mean over them of exp(s) is exp(1 / 2 D t^2), of s itself 0.
+    expected = 2 * (math.log(batch) + 1 / (2 * dim * TEMPERATURE**2))
+    assert abs(found["loss"] - expected) < 0.01 * expected, (found, expected)
+    assert found["finite"]
+    assert found["process_bytes"] < 4e9, found
+
+
+def keep(request, name, found):
+    """Print what was found, and leave it among the results where they are kept; the path of it, or None."""
+    print(json.dumps(found))
+    if (folder := request.config.getoption("--results")) is None:
+        return None
+    path = folder / machine.slug() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
 
 
 def plot_memory(found, path):

@@ -1,22 +1,17 @@
 """One pre-training step of a whole model on synthetic clips: forward, loss, backward, optimizer.
 
-Model FLOPs of a step, the usual count behind MFU: per encoder of L layers, width d, inner = heads * head_dim,
-feed-forward f and n tokens (AGG included),
-
-    forward = L (2 n (4 d inner + 2 d f) + 4 n^2 inner) + projections before and behind it,  backward = 2 forward
-
-and 2 K P d each for the projection of K kept patches of P elements and for its weight's gradient (pixels need none).
-Heads and loss, under a thousandth of it, and the recomputation of anything are not counted.
+FLOPs of a step are the usual ones behind MFU, those of `vatt_engine.analysis.flops`: every product on the tokens that
+DropToken keeps, backward twice forward, nothing for the loss and for what is computed twice.
 """
 
 import functools
-import math
 
 import torch
 
 from benchmarks import machine
 from benchmarks.harness import Bench, Checked, cases, one_pass
 from vatt_engine import Batch, VATTLoss, create_model
+from vatt_engine.analysis.flops import step_flops
 from vatt_engine.engine import Engine, EngineConfig, OptimConfig, ScheduleConfig
 from vatt_engine.models import model_config
 from vatt_engine.models.transformer import Block
@@ -87,30 +82,8 @@ def check(_bench, case, given):
     return checked
 
 
-def encoder_flops(config, tokens):
-    """Forward FLOPs of one sequence through the blocks of a TransformerConfig."""
-    inner = config.num_heads * config.head_dim
-    linear = 2 * tokens * (4 * config.dim * inner + 2 * config.dim * config.ff_dim)
-    return config.num_layers * (linear + 4 * tokens**2 * inner)
-
-
 def flops(shape, _dtype, _passes):
-    config = model_config(shape.model)
-    agnostic = config.backbone == "agnostic"
-    total = 0
-    for tower, channels in ((config.video, 3), (config.audio, 1)):
-        kept = tower.drop_token.num_kept(math.prod(tower.grid))
-        transformer = config.shared if agnostic else tower.transformer
-        around = (transformer.dim if tower.pre_projection else 0) * transformer.dim * kept
-        behind = config.shared_projection if agnostic else tower.post_projection
-        around += behind * transformer.dim * (kept + 1)
-        patches = kept * channels * math.prod(tower.patch) * transformer.dim
-        total += 3 * (encoder_flops(transformer, kept + 1) + 2 * around) + 2 * 2 * patches
-    transformer = config.shared if agnostic else config.text.transformer
-    words = config.text.max_words + 1
-    around = config.text.embedding_dim + (config.shared_projection if agnostic else 0)
-    text = encoder_flops(transformer, words) + 2 * words * around * transformer.dim
-    return shape.batch * (total + 3 * shape.candidates * text)
+    return step_flops(model_config(shape.model), shape.batch, candidates=shape.candidates).model
 
 
 @functools.cache

@@ -155,6 +155,8 @@ class Data:
     seconds: float
     samples: int
     sample_rate: int
+    file_fps: int = 0  # of the files; 0: as the clips
+    codecs: tuple[str, ...] = ()  # of the shards that the files are prepared into
 
 
 SHAPES: dict[str, dict[str, dict[str, object]]] = {
@@ -278,8 +280,22 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
                 samples=153_600,
                 sample_rate=48_000,
             ),
+            "720p": Data(
+                files=4,
+                source=(720, 1280),
+                batch=4,
+                size=224,
+                fps=10,
+                frames=32,
+                seconds=24.0,
+                samples=153_600,
+                sample_rate=48_000,
+                file_fps=30,
+                codecs=("h264", "vp9", "mjpeg"),
+            ),
         },
     },
 }
 NCE_MEMORY = [NCE(batch=batch << 10, dim=64) for batch in (4, 8, 16, 32, 64)]  # of one curve
+NCE_LARGEST = NCE(batch=131_072, dim=512)  # that a CPU is asked for
 SHAPES["sample_keep"] = SHAPES["drop_token"]

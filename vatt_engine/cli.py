@@ -12,9 +12,13 @@ from vatt_engine.schema import ConfigError, nearest
 VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
+    "prepare": ("vatt_engine.tasks.prepare", "transcode the files of a manifest into shards, once"),
+    "data": ("vatt_engine.tasks.data", "manifests of known datasets; one index for prepared parts"),
     "plot": ("vatt_engine.tasks.plot", "draw what a run has logged"),
     "convert": ("vatt_engine.tasks.convert", "checkpoints to and from other formats"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
+    "flops": ("vatt_engine.tasks.flops", "parameters and FLOPs of a model, beside the paper's"),
+    "scale": ("vatt_engine.tasks.scale", "memory, traffic and speed of a run on paper, before renting GPUs"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }
 

@@ -142,7 +142,9 @@ class VATTLoss(nn.Module):
         sums = torch.stack(list(pairs.values()))
         if config.average == "global":
             sums = all_reduce_sum(sums, group)
-        terms = dict(zip(pairs, sums[:, 0] / sums[:, 1].clamp_min(1)))
+        means = sums[:, 0] / sums[:, 1].clamp_min(1)  # float64, as the statistics
+        given = next(x for x in embeddings if x is not None)
+        terms = dict(zip(pairs, means.to(torch.promote_types(given.dtype, torch.float32))))
         weights = {name: getattr(config, f"{name}_weight") for name in terms}
         total = sum(weights[name] * term for name, term in terms.items()) / sum(weights.values())
         absent = torch.zeros_like(total)

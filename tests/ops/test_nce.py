@@ -1,6 +1,7 @@
 """ops.nce and ops.mil_nce: exactness of every implementation, masks, temperatures, memory."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -33,9 +34,10 @@ class Case(NamedTuple):
 CASES = [
     Case(1, 1, 16),
     Case(1, 5, 256),
-    Case(2, 5, 16, 0.01),
+    Case(2, 5, 16, 0.02),
     Case(3, 1, 768, 1.0),
     Case(127, 5, 512),
+    Case(127, 5, 512, masked=True),
     Case(127, 5, 64, masked=True),
     Case(127, 1, 64, 0.01, masked=True),
     Case(127, 5, 64, distinct=3),
@@ -73,10 +75,11 @@ def losses_and_gradients(video, text, mask, temperature, form, impl):
             weights = randn(len(video), seed=seed, dtype=dtype, device=video.device.type).abs() / len(video)
             gradients.append(torch.autograd.grad((losses * weights).sum(), inputs, retain_graph=True))
     d_video, d_text, _ = gradients[0]
-    return losses.detach(), d_video, d_text, torch.cat([d_tau for _, _, d_tau in gradients])
+    return losses.detach().to(dtype), d_video, d_text, torch.cat([d_tau for _, _, d_tau in gradients])
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("offset", ["offset", "maxima"])
 @pytest.mark.parametrize(
     ("impl", "device", "case"),
     [
@@ -86,8 +89,10 @@ def losses_and_gradients(video, text, mask, temperature, form, impl):
         if impl != "reference" and (impl != "wgmma" or case.dtype != torch.float32)  # wgmma multiplies halves
     ],
 )
-def test_matches_reference(impl, device, form, case, monkeypatch):
+def test_matches_reference(impl, device, form, case, offset, monkeypatch):
     monkeypatch.setitem(nce_chunked.TILE, "cpu", (256, 512))
+    if offset == "maxima":
+        monkeypatch.setattr(sys.modules[nce_statistics.__module__], "MAX_SPREAD", 0)
     video, text, mask = make(case, device)
     exact = losses_and_gradients(video.double(), text.double(), mask, case.temperature, form, "reference")
     reference = losses_and_gradients(video, text, mask, case.temperature, form, "reference")
@@ -96,9 +101,12 @@ def test_matches_reference(impl, device, form, case, monkeypatch):
         assert_within_budget(got, same_dtype, want, name=name)
 
 
-@pytest.mark.parametrize("distinct", [None, 75])
 @pytest.mark.parametrize("temperature", [0.02, 0.07])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "distinct"),
+    # Copies cancel in the exact gradient, and G is rounded to float16: float16 leaves no room for fewer than 75.
+    [*((torch.bfloat16, n) for n in (None, 75, 20, 3, 1)), (torch.float16, None), (torch.float16, 75)],
+)
 def test_halves_as_on_a_gpu(dtype, temperature, distinct, monkeypatch):
     """The products of halves that a GPU takes, each exact in float32 here as there, inside the same budget."""
     monkeypatch.setitem(nce_chunked.TILE, "cpu", (64, 128))
@@ -261,7 +269,7 @@ def test_rejects_bad_arguments():
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("impl", IMPL_NAMES)
 class TestEdges:
-    """Values known in closed form. "learnable" has no offset known beforehand: the maxima are found on the way."""
+    """Values known in closed form."""
 
     @pytest.fixture(autouse=True)
     def _run(self, impl, learnable, temperature):

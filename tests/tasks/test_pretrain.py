@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader, join_sources
+from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.quarantine import QuarantineError
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
@@ -229,7 +231,7 @@ def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
     other = tmp_path / "other.jsonl"
     lines = world.train.read_text().splitlines()
     other.write_text("\n".join(line.replace('"train/', f'"{world.train.parent}/train/') for line in lines))
-    with pytest.raises(ValueError, match=r"got other files .* Resume with the same data\.train"):
+    with pytest.raises(ValueError, match=r"got other files or weights .* Resume with the same data\.train"):
         pretrain(replace(config, {"data.train": str(other)}), resume=True)
 
 
@@ -313,6 +315,24 @@ def test_too_many_bad_files_stop_a_run_after_saving_it(config, world, tmp_path):
     pretrain(straight)
     ends = [load_latest(out).tensors["model"] for out in (config.out, straight.out)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_mixture_of_two_sets(config, world, tmp_path, capsys):
+    """The second set has no captions: its rows are masked, and half of every batch is of it."""
+    plain = rewritten(world, tmp_path / "plain.jsonl", captions=[])
+    flags = ["--data.train", config.data.train, plain, "--data.weights", "1", "1", "--data.num-workers", "1"]
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 5, "data.cache": "none"}))))
+    assert main([str(path), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "vatt_tiny on cpu: 40 clips, " in said
+    assert "an epoch is 5 batches of 8 and leaves out 0 clips" in said
+    saved = load_config(str(Path(config.out) / "config.yaml")).data
+    assert (saved.train, saved.weights) == ((config.data.train, plain), (1.0, 1.0))
+    samples, sizes = join_sources([read_manifest(source) for source in saved.sources])
+    with Loader(samples, saved, Vocabulary.load(Path(config.out) / "tokenizer.json"), sizes=sizes) as loader:
+        masks = [next(batches).text_mask.sum().item() for batches in [iter(loader)] for _ in range(5)]
+    assert masks == [4] * 5
 
 
 def test_a_loss_that_jumps_sets_the_run_back_and_skips_the_data(config, monkeypatch, capsys):

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-KEYS = ("path", "captions", "label")
+from vatt_engine.data.rows import (
+    ManifestError,
+    check_keys,
+    check_seconds,
+    csv_rows,
+    fault,
+    is_unicode,
+    opened,
+    parse_json,
+    seconds,
+)
+from vatt_engine.schema import short
+
+__all__ = ["Caption", "ManifestError", "Member", "Sample", "read_manifest", "sample_id", "write_manifest"]
+
+KEYS = ("path", "captions", "label", "start", "end")
 CAPTION_KEYS = ("text", "start", "end")
 COLUMNS = ("path", "caption", "start", "end", "label")
-MAX_SECONDS = 1e9  # a caption later than this (32 years) is a wrong unit
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be read; the message says file, line, field and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +40,18 @@ class Caption:
 
 
 class Member(NamedTuple):
-    """A media file as bytes of another: a member of a tar shard, read where it lies."""
+    """A media file as bytes of another: a member of a tar shard, read where it lies.
+
+    `suffix` says what it is, `sha256` (hex) what its bytes are; it has `count` frames or samples, `rate` per second.
+    """
 
     path: Path
     offset: int
     size: int
+    suffix: str
+    sha256: str
+    count: int
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,8 @@ class Sample:
 
     Args:
         index: position in the manifest, from 0.
-        id: 63-bit hash of the path as the manifest writes it, the same on every machine and in every order.
+        id: 63-bit hash of the path as the manifest writes it, of a part of a file with `#start-end` behind it; the
+            same on every machine and in every order.
         path: the file; of a shard's sample the shard and the key, `000000.tar/key`, which only names it.
         captions: in the manifest's order, in seconds of the file; may be empty.
         label: class number or name, or several class numbers (AudioSet), or None.
@@ -87,16 +103,19 @@ def read_manifest(path: str | Path) -> list[Sample]:
 
     JSONL, one object per line:
     `{"path": "a.mp4", "captions": [{"text": "a dog", "start": 0.0, "end": 2.5}], "label": 3}`;
-    `captions` and `label` may be left out. CSV with a header: `path,caption,start,end,label`, one row per caption, the
-    rows of one file together; or `path,captions,label` with the captions as JSON. In CSV an integer label is a number.
-    UTF-8, with or without a byte-order mark. Files are not opened: a bad one is found when it is loaded.
+    `captions` and `label` may be left out, and a label may be a list of class numbers. `start` and `end`, in seconds of
+    the file, make a part of it the sample; one file may be named for several parts.
+    CSV with a header: `path,caption,start,end,label`, one row per caption (its times), the rows of one file together;
+    or `path,captions,label` with the captions as JSON. In CSV an integer label is a number; it knows neither parts of
+    files nor several classes. UTF-8, with or without a byte-order mark. Files are not opened: a bad one is found when
+    it is loaded.
 
     Args:
         path: the manifest, ending in .jsonl or .csv.
 
     Raises:
-        ManifestError: with `file:line:`; an unreadable file or row, an unknown, missing or wrong field, a file that
-            is named twice, no rows, or none of the named files exists.
+        ManifestError: with `file:line:`; an unreadable file or row, an unknown, missing or wrong field, a file or a
+            part that is named twice, no rows, or none of the named files exists.
 
     >>> read_manifest("clips/train.jsonl")[0].captions[0].text  # doctest: +SKIP
     """
@@ -104,30 +123,22 @@ def read_manifest(path: str | Path) -> list[Sample]:
     readers = {".jsonl": _jsonl_samples, ".csv": _csv_samples}
     if path.suffix.lower() not in readers:
         raise ManifestError(f"{path}: the manifest must end in .jsonl or .csv, got {path.name!r}.")
-    if not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "no such file"
-        raise ManifestError(f"{path}: the manifest must be a file, got {found}. Give its full name.")
     samples: list[Sample] = []
     lines: dict[int, int] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for sample in readers[path.suffix.lower()](path, file):
-                first = lines.setdefault(sample.id, sample.line)
-                if first != sample.line:
-                    text = f"be named once, got {str(sample.path)!r} on line {first} too"
-                    raise _error(path, sample.line, "path", text, "Put all its captions together in one place.")
-                samples.append(sample)
-    except UnicodeDecodeError as error:
-        raise _error(
-            path, _line_of_bad_text(path), "the text", "be UTF-8, got other bytes", "Save it as UTF-8."
-        ) from error
-    except OSError as error:
-        raise ManifestError(f"{path}: the manifest must be readable, got {error.strerror}.") from error
+    with opened(path, "the manifest") as file:
+        for sample in readers[path.suffix.lower()](path, file):
+            first = lines.setdefault(sample.id, sample.line)
+            if first != sample.line:
+                whole = (sample.start, sample.end) == (0, None)
+                part = "" if whole else f" from {sample.start:g} s"
+                text = f"be named once, got {str(sample.path)!r}{part} on line {first} too"
+                raise fault(path, sample.line, "path", text, "Put all its captions together in one place.")
+            samples.append(sample)
     if not samples:
         raise ManifestError(f"{path}: the manifest must have at least one row, got none.")
     if not any(os.path.exists(sample.path) for sample in samples):
-        text = f"must name files that exist, got none of {len(samples)} (the first is '{samples[0].path}')"
-        raise ManifestError(f"{path}:{samples[0].line}: path {text}. Relative paths start at the manifest's folder.")
+        text = f"name files that exist, got none of {len(samples)} (the first is '{samples[0].path}')"
+        raise fault(path, samples[0].line, "path", text, "Relative paths start at the manifest's folder.")
     return samples
 
 
@@ -142,33 +153,42 @@ def write_manifest(path: str | Path, samples: Iterable[Sample]) -> None:
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
         raise ManifestError(f"{path}: the manifest must end in .jsonl to be written, got {path.name!r}.")
-    folder = path.parent.resolve()
+    folder = path.parent.absolute()
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        for sample in samples:
-            media = sample.path.resolve()
-            row: dict[str, Any] = {
-                "path": (media.relative_to(folder) if media.is_relative_to(folder) else media).as_posix()
-            }
-            if sample.captions:
-                row["captions"] = [{"text": c.text, "start": c.start, "end": c.end} for c in sample.captions]
-            if sample.label is not None:
-                row["label"] = sample.label
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for sample in samples:
+                file.write(json.dumps(_row(folder, sample), ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _jsonl_samples(path: Path, file: Iterable[str]) -> Iterator[Sample]:
+def _row(folder: Path, sample: Sample) -> dict[str, Any]:
+    media = sample.path.absolute()
+    row: dict[str, Any] = {"path": (media.relative_to(folder) if media.is_relative_to(folder) else media).as_posix()}
+    if sample.start:
+        row["start"] = sample.start
+    if sample.end is not None:
+        row["end"] = sample.end
+    if sample.captions:
+        row["captions"] = [{"text": c.text, "start": c.start, "end": c.end} for c in sample.captions]
+    if sample.label is not None:
+        row["label"] = sample.label
+    return row
+
+
+def _jsonl_samples(path: Path, file: TextIO) -> Iterator[Sample]:
     index = 0
     for line, text in enumerate(file, 1):
         if text.isspace():
             continue
-        row = _json(path, line, "the row", text)
+        row = parse_json(path, line, "the row", text.rstrip())
         if not isinstance(row, dict):
-            raise _error(path, line, "the row", f"be a JSON object, got {_short(row)}", "One object per line.")
-        _check_keys(path, line, "", row, KEYS, required=("path",))
+            raise fault(path, line, "the row", f"be a JSON object, got {short(row)}", "One object per line.")
+        check_keys(path, line, "", row, KEYS, required=("path",))
         captions = _captions(path, line, row.get("captions"))
-        yield _sample(path, index, line, row["path"], captions, row.get("label"))
+        yield _sample(path, index, line, row["path"], captions, row.get("label"), row.get("start"), row.get("end"))
         index += 1
 
 
@@ -179,7 +199,7 @@ def _csv_samples(path: Path, file: Iterable[str]) -> Iterator[Sample]:
         if row["path"] == name and "captions" not in row:
             if row.get("label", "") != label:
                 text = f"be the same in all rows of one path, got {row.get('label')!r} after {label!r}"
-                raise _error(path, line, "label", text)
+                raise fault(path, line, "label", text)
         else:
             if name is not None:
                 yield _sample(path, index, first, name, tuple(captions), _csv_label(label))
@@ -190,48 +210,22 @@ def _csv_samples(path: Path, file: Iterable[str]) -> Iterator[Sample]:
         yield _sample(path, index, first, name, tuple(captions), _csv_label(label))
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(file, strict=True)
-    header: list[str] = []
-    line = 1
-    try:
-        for cells in reader:
-            begin, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                _check_header(path, begin, header)
-            elif len(cells) != len(header):
-                text = f"have {len(header)} cells as the header, got {len(cells)}"
-                raise _error(path, begin, "the row", text, "Quote a caption that holds a comma.")
-            else:
-                yield begin, dict(zip(header, cells))
-    except csv.Error as error:
-        raise _error(path, line, "the row", f"be valid CSV, got an error: {error}") from error
-
-
-def _check_header(path: Path, line: int, header: list[str]) -> None:
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
+    rows = csv_rows(path, file)
+    line, header = next(rows, (1, dict.fromkeys(COLUMNS)))
     known = ("path", "captions", "label") if "captions" in header else COLUMNS
     required = ("path", "caption", "start", "end") if {"caption", "start", "end"} & set(header) else ("path",)
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise _error(path, line, "the header", f"have each column once, got {twice[0]!r} twice")
-    _check_keys(path, line, "column ", dict.fromkeys(header), known, required)
+    check_keys(path, line, "column ", header, known, required)
+    yield from rows
 
 
 def _csv_captions(path: Path, line: int, row: dict[str, str]) -> tuple[Caption, ...]:
     if row.get("captions"):
-        return _captions(path, line, _json(path, line, "captions", row["captions"]))
+        return _captions(path, line, parse_json(path, line, "captions", row["captions"]))
     if not (row.get("caption") or row.get("start") or row.get("end")):
         return ()
-    times = {}
-    for key in ("start", "end"):
-        try:
-            times[key] = float(row[key])
-        except ValueError:
-            raise _error(path, line, key, f"be a number of seconds, got {_short(row[key])}") from None
-    return _captions(path, line, [{"text": row["caption"], **times}], "")
+    start, end = (seconds(path, line, key, row[key]) for key in ("start", "end"))
+    return (checked_caption(path, line, "", row["caption"], start, end),)
 
 
 def _csv_label(cell: str | None) -> int | str | None:
@@ -239,90 +233,62 @@ def _csv_label(cell: str | None) -> int | str | None:
     return int(cell) if digits.isdecimal() and digits.isascii() and len(digits) < 19 else cell or None
 
 
-def _captions(path: Path, line: int, rows: Any, prefix: str | None = None) -> tuple[Caption, ...]:
+def _captions(path: Path, line: int, rows: Any) -> tuple[Caption, ...]:
     if rows is None:
         return ()
     if not isinstance(rows, list):
-        raise _error(path, line, "captions", f"be a list of objects, got {_short(rows)}")
+        raise fault(path, line, "captions", f"be a list of objects, got {short(rows)}")
     captions = []
     for i, row in enumerate(rows):
-        where = f"captions[{i}]" if prefix is None else prefix
+        where = f"captions[{i}]"
         if not isinstance(row, dict):
-            raise _error(
-                path, line, where, f"be an object, got {_short(row)}", 'Write {"text": "...", "start": 0, "end": 1}.'
-            )
-        where += "." if where else ""
+            hint = 'Write {"text": "...", "start": 0, "end": 1}.'
+            raise fault(path, line, where, f"be an object, got {short(row)}", hint)
         if row.keys() != set(CAPTION_KEYS):
-            _check_keys(path, line, where, row, CAPTION_KEYS, CAPTION_KEYS)
-        text, start, end = row["text"], row["start"], row["end"]
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise _error(path, line, f"{where}text" if where else "caption", f"be text, got {_short(text)}")
-        for key, value in (("start", start), ("end", end)):
-            if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-                text = f"be a finite number of seconds >= 0, got {_short(value)}"
-                raise _error(path, line, f"{where}{key}", text)
-        if end < start:
-            raise _error(path, line, f"{where}end", f"be at least start ({start}), got {end}", "Are they swapped?")
-        captions.append(Caption(text, float(start), float(end)))
+            check_keys(path, line, f"{where}.", row, CAPTION_KEYS, CAPTION_KEYS)
+        captions.append(checked_caption(path, line, f"{where}.", row["text"], row["start"], row["end"]))
     return tuple(captions)
 
 
-def _sample(path: Path, index: int, line: int, name: Any, captions: tuple[Caption, ...], label: Any) -> Sample:
-    if not isinstance(name, str) or not name.strip() or "\0" in name or not _is_unicode(name):
-        raise _error(path, line, "path", f"be the name of a file, got {_short(name)}")
-    number = type(label) is int and -(2**63) <= label < 2**63
-    if not (label is None or number or (isinstance(label, str) and _is_unicode(label))):
-        raise _error(path, line, "label", f"be a 64-bit integer or a string, got {_short(label)}")
-    return Sample(index, sample_id(name), path.parent / name, captions, label, line)
+def checked_caption(path: Path, line: int | str, where: str, text: Any, start: Any, end: Any) -> Caption:
+    """A caption whose text is text and whose times are seconds in order; `where` stands before a field's name."""
+    if not isinstance(text, str) or not is_unicode(text):
+        raise fault(path, line, f"{where}text" if where else "caption", f"be text, got {short(text)}")
+    start, end = (check_seconds(path, line, where + key, value) for key, value in (("start", start), ("end", end)))
+    if end < start:
+        raise fault(path, line, f"{where}end", f"be at least start ({start:g}), got {end:g}", "Are they swapped?")
+    return Caption(text, start, end)
 
 
-def _check_keys(path: Path, line: int, kind: str, row: dict, known: tuple[str, ...], required: tuple[str, ...]) -> None:
-    missing = [key for key in required if key not in row]
-    for key in row:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), missing or known, n=1)
-            hint = f"Did you mean '{close[0]}'?" if close else ""
-            text = f"be one of {', '.join(known)}, got an unknown name"
-            raise _error(path, line, f"{kind}{key}", text, hint)
-    if missing:
-        raise _error(path, line, f"{kind}{missing[0]}", f"be given, got only {', '.join(map(str, row)) or 'nothing'}")
+def _sample(
+    path: Path,
+    index: int,
+    line: int,
+    name: Any,
+    captions: tuple[Caption, ...],
+    label: Any,
+    start: Any = None,
+    end: Any = None,
+) -> Sample:
+    if not isinstance(name, str) or not name.strip() or "\0" in name or not is_unicode(name):
+        raise fault(path, line, "path", f"be the name of a file, got {short(name)}")
+    start = 0.0 if start is None else check_seconds(path, line, "start", start)
+    end = None if end is None else check_seconds(path, line, "end", end)
+    if end is not None and end <= start:
+        raise fault(path, line, "end", f"be later than start ({start:g}), got {end:g}", "Are they swapped?")
+    part = "" if (start, end) == (0, None) else f"#{start}-{'' if end is None else end}"
+    label = _label(path, line, label)
+    return Sample(index, sample_id(name + part), path.parent / name, captions, label, line, start, end)
 
 
-def _json(path: Path, line: int, field: str, text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        what = "the object nested too deeply" if isinstance(error, RecursionError) else f"an error: {error}"
-        raise _error(path, line, field, f"be valid JSON, got {what}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} twice")
-    return row
-
-
-def _is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which JSON can write and no file or tokenizer can hold."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _line_of_bad_text(path: Path) -> int:
-    with path.open("rb") as file:
-        for line, content in enumerate(file, 1):
-            try:
-                content.decode()
-            except UnicodeDecodeError:
-                return line
-    return 1
-
-
-def _error(path: Path, line: int, field: str, text: str, hint: str = "") -> ManifestError:
-    return ManifestError(f"{path}:{line}: {field} must {text}. {hint}".rstrip())
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _label(path: Path, line: int, label: Any) -> int | str | tuple[int, ...] | None:
+    if isinstance(label, list):
+        if all(type(number) is int and 0 <= number < 2**63 for number in label) and len(set(label)) == len(label):
+            return tuple(label)
+    elif type(label) is int:
+        if -(2**63) <= label < 2**63:
+            return label
+    elif label is None or (isinstance(label, str) and is_unicode(label)):
+        return label
+    text = "be a 64-bit integer, a string or a list of different class numbers >= 0"
+    raise fault(path, line, "label", f"{text}, got {short(label)}")

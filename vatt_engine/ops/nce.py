@@ -28,6 +28,7 @@ from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing
 from vatt_engine.ops.nce_reference import nce_grad_reference, nce_stats_reference
 
 FORMS = ("joint", "symmetric", "one_way")
+MAX_SPREAD = 80  # of similarities, 2 / temperature, below which exp(s - largest) is a normal float32
 _MIN_NORM = 1e-6  # rsqrt(max(sum x^2, 1e-12)), as the official l2_normalize
 
 
@@ -53,7 +54,10 @@ _ALONE = Ring(0)
 
 
 class NCEStatistics(NamedTuple):
-    """Log-sum-exp of the similarities: row [B], column [N] merged over the candidates, positive [B]."""
+    """Log-sum-exp of the similarities: row [B], column [N] merged over the candidates, positive [B]; float64.
+
+    A rounding of row[i] is one of the gradient of the whole row, and the temperature's adds up those of all rows.
+    """
 
     row: Tensor
     column: Tensor
@@ -138,11 +142,19 @@ def nce_statistics(
         NCEStatistics; -inf where nothing is left to sum, and the positive of a row whose own sample is not among the N.
     """
     # The largest cosine is 1: an offset known beforehand lets one exp serve the rows and the columns, where exp(-2/t)
-    # is far from underflow. The value of a tensor is not known here without waiting for its device, and without an
-    # offset the gradient of a single sample is exactly 0.
-    fixed = not isinstance(temperature, Tensor) and 2 / temperature < 80 and ring.size * len(b) > 1
-    offset = 1 / temperature if fixed else None
+    # is far from underflow. A whole number is the same in float32 and float64; a difference would be in every row, and
+    # the temperature's gradient adds them up. Without an offset the gradient of a single sample is exactly 0.
+    known = _known_temperature(temperature) if ring.size * len(b) > 1 else None
+    offset = float(math.ceil(1 / known)) if known is not None and 2 / known < MAX_SPREAD else None
     return NCEStatistics(*_Statistics.apply(a, b, temperature, column_mask, ring, offset))
+
+
+def _known_temperature(temperature: float | Tensor) -> float | None:
+    """Its value, where that is known without waiting for a device and without a break of the graph."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    hidden = temperature.device.type != "cpu" or torch.compiler.is_compiling()
+    return None if hidden else temperature.item()
 
 
 def sample_losses(form: str, row: Tensor, column: Tensor, positive: Tensor, mask: Tensor | None) -> Tensor:
@@ -192,7 +204,7 @@ def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
 _stats = define_op(
     "nce",
     f"nce_stats({_SHARED_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    fake=lambda a, b, row_scale, *_: tuple(row_scale.new_empty(n) for n in (len(a), len(b), len(a))),
+    fake=lambda a, b, *_: tuple(a.new_empty(n, dtype=torch.float64) for n in (len(a), len(b), len(a))),
     impls=_impls("stats", nce_stats_reference),
     flops=lambda a, b, *_, **__: 2 * a.numel() * b[:2].numel(),
 )
@@ -213,12 +225,11 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, a, b, temperature, column_mask, ring, offset):
         row_scale = 1 / (_norm(a) * temperature)
         row = row_scale.new_full((len(a),), -torch.inf, dtype=torch.float64)
-        column, positive = row_scale.new_empty(ring.size * len(b)), row_scale.new_full((len(a),), -torch.inf)
+        column, positive = row.new_empty(ring.size * len(b)), row.clone()
         with torch.autocast(a.device.type, enabled=False):
             for samples, shared in _blocks(a, b, row_scale, column_mask, ring):
                 row_part, column[samples], own = _stats(*shared, offset)
                 row, positive = torch.logaddexp(row, row_part), torch.maximum(positive, own)
-        row = row.to(row_scale.dtype)
         learnable = isinstance(temperature, Tensor)
         ctx.save_for_backward(a, b, column_mask, row, column, positive, temperature if learnable else None)
         ctx.ring, ctx.offset, ctx.fixed_temperature = ring, offset, None if learnable else temperature
@@ -288,7 +299,8 @@ def _through_norm(x: Tensor, dx: Tensor, inverse_norm: Tensor) -> tuple[Tensor, 
 def _mean_loss(a: Tensor, b: Tensor, temperature: float | Tensor, mask: Tensor | None, form: str) -> Tensor:
     statistics = nce_statistics(a, b, temperature, column_mask=mask)
     losses = sample_losses(form, *statistics, mask)
-    return losses.mean() if mask is None else losses.sum() / mask.sum().clamp_min(1)
+    mean = losses.mean() if mask is None else losses.sum() / mask.sum().clamp_min(1)
+    return mean.to(torch.promote_types(a.dtype, torch.float32))
 
 
 def check_pair(

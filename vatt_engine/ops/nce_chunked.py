@@ -4,7 +4,7 @@ Memory beside the results: a scaled copy of both sides and a few tiles. For B ro
 statistics cost 2 B M D FLOPs and the gradient 6 B M D: each tile is computed once more and feeds two products.
 
 On a GPU halves are multiplied as they are, summed in float32, and divided by the norms afterwards; the tile of the
-gradient and the scaled copies are rounded to halves for the other two products. A CPU multiplies float32: without
+gradient and the scaled copies are rounded to float16 for the other two products. A CPU multiplies float32: without
 matrix units for halves that is twice as fast, and more exact.
 """
 
@@ -21,8 +21,8 @@ from torch.utils.dlpack import to_dlpack
 
 from vatt_engine.dispatch import load
 
-# Rows and columns of a tile. CPU: from 512 x 2048 to 2048 x 2048 the products differ by 4 %. GPU, not measured: 4096 x
-# 4096 halves, 32 MB, stay in the 50 MB L2 of an H100 between the kernel that writes them and the two that read them.
+# Rows and columns of a tile. GPU, not measured: 4096 x 4096 halves, 32 MB, stay in the 50 MB L2 of an H100 between the
+# kernel that writes them and the two that read them.
 TILE = {"cpu": (1024, 2048), "cuda": (4096, 4096)}
 STRIP = 4096  # rows that a kernel for the statistics has at a time: the sums of their tiles take 128 bytes a column
 CUDA_BLOCK = {"mma": (128, 128), "wgmma": (128, 256)}  # outputs of a block
@@ -52,14 +52,13 @@ def stats(
     offset: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row [B], column [N], positive [B]; an `offset` >= every s lets one exp serve the sums of rows and columns."""
-    # Vectors are summed in float64: an error of row[i] is one of the whole row's gradient.
     empty = -torch.inf if offset is None else 0.0
     row, column = (row_scale.new_full((len(x),), empty, dtype=torch.float64) for x in (a, b))
-    positive = row_scale.new_full((len(a),), -torch.inf)
+    positive = torch.full_like(row, -torch.inf)
     factors = (a, b) if multiplies_halves(a) else _scaled(a, b, row_scale, column_scale)
     for tile in _tiles(*factors, row_scale, column_scale, column_mask):
         own, similarities = tile.own(first_sample)
-        positive[own] = similarities.logsumexp(0)
+        positive[own] = _logsumexp(similarities, (0,))
         if offset is None:
             row[tile.rows] = torch.logaddexp(row[tile.rows], _logsumexp(tile.s, (1, 2)))
             column[tile.samples] = torch.logaddexp(column[tile.samples], _logsumexp(tile.s, (0, 2)))
@@ -69,7 +68,7 @@ def stats(
             column[tile.samples] += e.sum(0).sum(-1)
     if offset is not None:
         row, column = row.log_().add_(offset), column.log_().add_(offset)
-    return row.to(row_scale.dtype), column.to(row_scale.dtype), positive
+    return row, column, positive
 
 
 def stats_triton(a: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,13 +106,13 @@ def fused_stats(
     """`stats` by `strip`, which has all columns of some rows and leaves the sums, or log-sum-exps, of every block."""
     num_samples, candidates, _ = b.shape
     a, b, row_scale, column_scale, mask = map(_dense, (a, b, row_scale, column_scale, column_mask))
-    row, empty = row_scale.new_empty(len(a)), -torch.inf if offset is None else 0.0
+    row, empty = row_scale.new_empty(len(a), dtype=torch.float64), -torch.inf if offset is None else 0.0
     columns = row_scale.new_full((num_samples * candidates,), empty, dtype=torch.float64)
     positive = row_scale.new_full((len(a), candidates), -torch.inf)
     for rows in _slices(len(a), STRIP):
         part = row[rows]
-        row_part = row.new_empty(-(-len(columns) // block[1]), len(part))
-        column_part = row.new_empty(-(-len(part) // block[0]), len(columns))
+        row_part = positive.new_empty(-(-len(columns) // block[1]), len(part))
+        column_part = positive.new_empty(-(-len(part) // block[0]), len(columns))
         shared = (a[rows], b, row_scale[rows], column_scale, mask, first_sample + rows.start, offset)
         strip(*shared, row_part, column_part, positive[rows])
         if offset is None:
@@ -124,7 +123,7 @@ def fused_stats(
             columns += column_part.double().sum(0)
     columns = columns.view(num_samples, candidates)
     column = columns.logsumexp(1) if offset is None else columns.sum(1).log_().add_(offset)
-    return row, column.to(row.dtype), positive.logsumexp(1)
+    return row, column, positive.double().logsumexp(1)
 
 
 def grad(*given: Any) -> tuple[Tensor, Tensor]:
@@ -170,16 +169,17 @@ def add_gradients(
     x, y = _scaled(a, b, row_scale, column_scale)
     da, db = row_scale.new_zeros(a.shape), row_scale.new_zeros(b.shape)
     if half:
-        # In this unit |G| <= 3 and most of it is no smaller than float16 can tell; a power of two rounds nothing.
-        unit = torch.stack([each.abs().amax() for each in d]).amax().frexp().exponent
+        # In this unit |G| <= 3 x 2^14, and 2^-28 of that is still a normal float16; a power of two rounds nothing.
+        unit = torch.stack([each.abs().amax() for each in d]).amax().frexp().exponent - 14
         d = tuple(each.ldexp(-unit) for each in d)
     # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
-    row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
-    d_row, d_column, d_positive = (each.contiguous() for each in d)
-    if offset is not None:
-        d_row, d_column = d_row * (offset - row).exp(), d_column * (offset - column).exp()
+    exact = [lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive)]
+    vectors = [lse.to(row_scale.dtype) for lse in exact]
+    # What exp(s - rounded) has too much, d takes off: it would be the same for a whole row or column.
+    seen = vectors if offset is None else [offset, offset, vectors[2]]
+    d = [(each * (s - lse).exp()).to(row_scale.dtype) for each, s, lse in zip(d, seen, exact)]
     shared = (a, b, row_scale, column_scale, column_mask, first_sample, offset)
-    for rows, samples, g in tiles(x, y, *shared, row, column, positive, d_row, d_column, d_positive):
+    for rows, samples, g in tiles(x, y, *shared, *vectors, *d):
         _add_product(da[rows], g, y[samples].flatten(0, 1))
         _add_product(db[samples].flatten(0, 1), g.t(), x[rows])
     if half:
@@ -245,11 +245,11 @@ def _slices(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-def _logsumexp(s: Tensor, dims: tuple[int, int]) -> Tensor:
-    """In float64, of sums in the dtype of s."""
+def _logsumexp(s: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """In float64, of exponentials in the dtype of s."""
     largest = s.amax(dims, keepdim=True)
     largest = largest.where(largest > -torch.inf, 0.0)
-    return (s - largest).exp_().sum(dims).double().log_().add_(largest.view(-1))
+    return (s - largest).exp_().sum(dims, dtype=torch.float64).log_().add_(largest.view(-1))
 
 
 def multiplies_halves(a: Tensor) -> bool:
@@ -271,6 +271,6 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _scaled(a: Tensor, b: Tensor, row_scale: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sides times their scales, in the dtype of the products."""
+    """Both sides times their scales, in the dtype of the products: unit rows, and so float16 rather than bfloat16."""
     x, y = a * row_scale[:, None], b * column_scale[..., None]
-    return (x.to(a.dtype), y.to(b.dtype)) if multiplies_halves(a) else (x, y)
+    return (x.half(), y.half()) if multiplies_halves(a) else (x, y)

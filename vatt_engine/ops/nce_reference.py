@@ -20,7 +20,7 @@ def nce_stats_reference(
     own = _rows_with_own(a, b, first_sample)
     positive = s.new_full((len(a),), -torch.inf)
     positive[own] = s[own, own + first_sample].logsumexp(1)
-    return s.flatten(1).logsumexp(1), s.logsumexp((0, 2)), positive
+    return s.flatten(1).logsumexp(1).double(), s.logsumexp((0, 2)).double(), positive.double()
 
 
 def nce_grad_reference(
@@ -44,7 +44,8 @@ def nce_grad_reference(
     """
     s, x, y = _similarities(a, b, row_scale, column_scale, column_mask)
     # An empty sum is -inf and all its members are too: any finite number in its place makes their exp 0.
-    row, column, positive = (lse.where(lse > -torch.inf, 0.0) for lse in (row, column, positive))
+    row, column, positive = (lse.where(lse > -torch.inf, 0.0).to(s.dtype) for lse in (row, column, positive))
+    d_row, d_column, d_positive = (each.to(s.dtype) for each in (d_row, d_column, d_positive))
     g = d_row[:, None, None] * (s - row[:, None, None]).exp()
     g += d_column[:, None] * (s - column[:, None]).exp()
     own = _rows_with_own(a, b, first_sample)

@@ -15,8 +15,10 @@ import torch
 from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_reduce_sum, rank, world_size
-from vatt_engine.data.loader import Loader, QuarantineError
-from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.data.dali import build_loader
+from vatt_engine.data.loader import Loader, QuarantineError, join_sources
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
@@ -122,7 +124,7 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     config.check_shapes()
 
     # ------------------------------------------------ words, data, model, loss
-    samples = read_training_manifest(config.data.train)
+    samples, sizes = join_sources([read_training_manifest(path) for path in config.data.sources])
     resume = bool(largest_of_ranks(int(_open_run(run_dir, resume)), device))  # none writes before all have looked
     kept = run_dir / "tokenizer.json"
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
@@ -130,7 +132,10 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
     faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
-    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=faults)
+    ranks = {"rank": rank(), "world": world_size()}
+    loader = build_loader(
+        samples, config.data, vocabulary, device=device, sizes=sizes, seed=seed, quarantine=faults, **ranks
+    )
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
@@ -146,6 +151,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     steps = config.engine.steps
     with loader, _run_log(config, engine) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
+        log.say(f"clips are decoded by {loader.decoder}")
         if world_size() > 1:
             log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
         if config.text.vectors is not None:
@@ -196,9 +203,9 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | 
             loader.load_state_dict(place)
             break
         window.waited += time.perf_counter() - start
-        out = engine.step(batch.split(world_size())[rank()])
+        out = engine.step(batch)
         stop.begin()
-        window.add(out, len(batch))
+        window.add(out, loader.batch_size)
         if engine.finished % every.log_every == 0 or engine.finished == every.steps:
             window.write(engine, loader, log)
             window = Window()
@@ -309,7 +316,7 @@ def read_training_manifest(path: str) -> list[Sample]:
     if not path:
         hint = "`vatt demo-data DIRECTORY` makes a small world with one."
         raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
-    return read_manifest(path)
+    return read_samples(path)
 
 
 def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:
@@ -324,7 +331,7 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     if path is None:
         if not any(sample.captions for sample in samples):
             hint = "Train on video and audio alone with --data.num-candidates 0."
-            raise ConfigError(f"{config.data.train}: the manifest must have captions, got none. {hint}")
+            raise ConfigError(f"{', '.join(config.data.sources)}: the manifest must have captions, got none. {hint}")
         return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
     vocabulary = Vocabulary.load(path)
     if vocabulary.size > limit:

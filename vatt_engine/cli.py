@@ -13,6 +13,7 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "visualize": ("vatt_engine.tasks.visualize", "the paper's figures of trained runs, and the numbers behind them"),
+    "report": ("vatt_engine.tasks.report", "one self-contained HTML page about trained runs, side by side"),
     "data": ("vatt_engine.tasks.data", "manifests of known datasets from their annotation files"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),

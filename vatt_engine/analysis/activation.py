@@ -71,7 +71,9 @@ def plot_activations(layers: Mapping[str, Tensor], path: Path, title: str) -> Pa
     figure.suptitle(title, x=0.01, ha="left")
     panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for axes, (modality, values) in zip(panels, layers.items()):
-        image = axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
         axes.set_title(modality, fontsize=10, loc="left")
         axes.set_ylabel("layer")
         axes.set_yticks(range(0, len(values), max(1, len(values) // 6)))

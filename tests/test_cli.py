@@ -178,7 +178,7 @@ MESSAGES = [
     (["visualize", "--data", "x", "--figure", "similarity"], "vatt visualize: --runs must be "),
     (
         ["visualize", "run", "--data", "x", "--figure", "tsne"],
-        "vatt visualize: --figure must be one of 'tsne-classes', 'tsne-modalities', 'similarity', 'activation', got 'tsne'.",
+        "vatt visualize: --figure must be one of 'tsne-classes', 'tsne-modalities', 'similarity', 'activation', got ",
     ),
     (
         ["visualize", "a", "--data", "x", "--figure", "activation", "--num-clips", "3"],

@@ -13,11 +13,11 @@ export GOMP_SPINCOUNT ?= 50000
 
 python_sources := vatt_engine kernels tests benchmarks setup.py
 
-.PHONY: help setup demo test lint bench gpu clean
+.PHONY: help setup demo test soak lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test [FAST=1] | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
+	@echo "make demo | test [FAST=1] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
@@ -40,7 +40,11 @@ demo: setup
 	$(VENV)/bin/vatt retrieve runs/demo/run --data runs/demo/world/heldout.jsonl
 
 test: setup
-	$(PY) -m pytest $(if $(FAST),-m "not slow") tests
+	$(PY) -m pytest $(if $(FAST),-m "not slow and not soak") tests
+
+# The full counts of kills, mutations, faults and steps; `make test` has the same tests with small counts.
+soak: setup
+	$(PY) -m pytest -m soak --timeout 3600 tests
 
 lint: setup
 	ruff check $(python_sources)

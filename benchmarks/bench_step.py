@@ -1,19 +1,13 @@
 """One pre-training step of a whole model on synthetic clips, ours against those of benchmarks/peers.py.
 
-Model FLOPs of a step, the usual count behind MFU: per encoder of L layers, width d, inner = heads * head_dim,
-feed-forward f and n tokens (AGG included),
-
-    forward = L (2 n (4 d inner + 2 d f) + 4 n^2 inner) + projections before and behind it,  backward = 2 forward
-
-and 2 K P d each for the projection of K kept patches of P elements and for its weight's gradient (pixels need none).
-Heads and loss, under a thousandth of it, and the recomputation of anything are not counted.
+FLOPs of a step are the usual ones behind MFU, those of `vatt_engine.analysis.flops`: every product on the tokens that
+DropToken keeps, backward twice forward, nothing for the loss and for what is computed twice.
 """
 
 import collections
 import contextlib
 import functools
 import itertools
-import math
 import statistics
 import time
 
@@ -24,6 +18,7 @@ from benchmarks import machine, peers
 from benchmarks.harness import Bench, Checked, assert_close, cases, one_pass
 from benchmarks.shapes import SHAPES
 from vatt_engine import Batch, VATTLoss
+from vatt_engine.analysis.flops import step_flops
 from vatt_engine.engine import Engine, EngineConfig, OptimConfig, ScheduleConfig
 from vatt_engine.models import build_model, model_config
 from vatt_engine.models.transformer import Block
@@ -170,30 +165,8 @@ def peer_fault(name, shape, given):
     return None
 
 
-def encoder_flops(config, tokens):
-    """Forward FLOPs of one sequence through the blocks of a TransformerConfig."""
-    inner = config.num_heads * config.head_dim
-    linear = 2 * tokens * (4 * config.dim * inner + 2 * config.dim * config.ff_dim)
-    return config.num_layers * (linear + 4 * tokens**2 * inner)
-
-
 def flops(shape, _dtype, _passes):
-    config = config_of(shape)
-    agnostic = config.backbone == "agnostic"
-    total = 0
-    for tower, channels in ((config.video, 3), (config.audio, 1)):
-        kept = tower.drop_token.num_kept(math.prod(tower.grid))
-        transformer = config.shared if agnostic else tower.transformer
-        around = (transformer.dim if tower.pre_projection else 0) * transformer.dim * kept
-        behind = config.shared_projection if agnostic else tower.post_projection
-        around += behind * transformer.dim * (kept + 1)
-        patches = kept * channels * math.prod(tower.patch) * transformer.dim
-        total += 3 * (encoder_flops(transformer, kept + 1) + 2 * around) + 2 * 2 * patches
-    transformer = config.shared if agnostic else config.text.transformer
-    words = config.text.max_words + 1
-    around = config.text.embedding_dim + (config.shared_projection if agnostic else 0)
-    text = encoder_flops(transformer, words) + 2 * words * around * transformer.dim
-    return shape.batch * (total + 3 * shape.candidates * text)
+    return step_flops(config_of(shape), shape.batch, candidates=shape.candidates).model
 
 
 @functools.cache
@@ -246,10 +219,9 @@ def phases(case, name, given):
         mark("start")
         if isinstance(stepper, Engine):
             with hooked(stepper, mark):
-                stepper.step([batch])
+                run(stepper, batch)
         else:
-            stepper.step(batch, mark)
-        stepper.optimizer.zero_grad(set_to_none=True)
+            run(stepper, batch, mark)
         rounds.append(mark.milliseconds())
     return {f"{phase} ms": statistics.median(one[phase] for one in rounds) for phase in rounds[0]}
 
@@ -258,11 +230,11 @@ def phases(case, name, given):
 def hooked(engine, mark):
     """The engine tells `mark` the end of each phase."""
     hooks = [
-        engine.module.register_forward_pre_hook(lambda *_: mark("data")),
-        engine.module.register_forward_hook(lambda *_: mark("forward")),
+        engine.trained.register_forward_pre_hook(lambda *_: mark("data")),
+        engine.loss.register_forward_pre_hook(lambda *_: mark("forward")),
         engine.loss.register_forward_hook(lambda *_: mark("loss")),
-        engine.optimizer.register_step_pre_hook(lambda *_: mark("backward")),
-        engine.optimizer.register_step_post_hook(lambda *_: mark("optimizer")),
+        engine.strategy.optimizer.register_step_pre_hook(lambda *_: mark("backward")),
+        engine.strategy.optimizer.register_step_post_hook(lambda *_: mark("optimizer")),
     ]
     try:
         yield
@@ -271,14 +243,18 @@ def hooked(engine, mark):
             hook.remove()
 
 
-def provider(name):
-    def step(_shape, batch, steppers):
-        stepper = steppers[name]
-        out = stepper.step([batch]).terms if isinstance(stepper, Engine) else stepper.step(batch)
-        stepper.optimizer.zero_grad(set_to_none=True)  # five steppers share the memory
-        return out
+def run(stepper, batch, *mark):
+    """One step; its gradients do not stay, since five steppers share the memory."""
+    if isinstance(stepper, Engine):
+        out, owner = stepper.step(batch).terms, stepper.trained
+    else:
+        out, owner = stepper.step(batch, *mark), stepper.model
+    owner.zero_grad(set_to_none=True)
+    return out
 
-    return step
+
+def provider(name):
+    return lambda _shape, batch, steppers: run(steppers[name], batch)
 
 
 OURS = "ours"

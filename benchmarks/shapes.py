@@ -160,6 +160,8 @@ class Data:
     seconds: float
     samples: int
     sample_rate: int
+    file_fps: int = 0  # of the files; 0: as the clips
+    codecs: tuple[str, ...] = ()  # of the shards that the files are prepared into
 
 
 # A model at each share of dropped tokens, with as many clips as its step on 80 GB should hold.
@@ -290,6 +292,19 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
                 seconds=4.0,
                 samples=153_600,
                 sample_rate=48_000,
+            ),
+            "720p": Data(
+                files=4,
+                source=(720, 1280),
+                batch=4,
+                size=224,
+                fps=10,
+                frames=32,
+                seconds=24.0,
+                samples=153_600,
+                sample_rate=48_000,
+                file_fps=30,
+                codecs=("h264", "vp9", "mjpeg"),
             ),
         },
     },

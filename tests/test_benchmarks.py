@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_step, harness, report, results, sanitize, timing
 from benchmarks.bench_attention import BENCH as ATTENTION
+from benchmarks.bench_checkpoint import measure as measure_checkpoints
+from benchmarks.bench_engine import measure as measure_engine
 from benchmarks.bench_tokenize import BENCH as TOKENIZE
 from benchmarks.harness import Bench, Case, Options, measure
 from benchmarks.shapes import SHAPES
@@ -305,12 +307,22 @@ def test_pytest_benchmark_shows_the_same_numbers(tmp_path):
 
 
 def test_model_flops_are_those_that_torch_counts():
-    """Of vatt_tiny, in which heads and losses are not negligible."""
+    """Of vatt_tiny, in which losses are not negligible."""
     shape = SHAPES["step"]["cpu"]["tiny"]
     model, batch = create_model(shape.model).train(), bench_step.clips(shape, "cpu")
     with FlopCounterMode(display=False) as counter, dispatch.use_impl(attention="reference"):
         VATTLoss()(model(batch, seed=0)).total.backward()
-    dim, config = 128, model.config
-    heads = shape.batch * 2 * dim**2 * (4 + shape.candidates)
-    losses = 8 * shape.batch**2 * (1 + shape.candidates) * config.heads.video_audio_dim  # one product, then three
-    assert counter.get_total_flops() == bench_step.flops(shape, torch.float32, "step") + 3 * heads + losses
+    losses = 8 * shape.batch**2 * (1 + shape.candidates) * model.config.heads.video_audio_dim  # one product, then three
+    assert counter.get_total_flops() == bench_step.flops(shape, torch.float32, "step") + losses
+
+
+def test_the_cost_of_a_checkpoint_is_measured(tmp_path):
+    result = measure_checkpoints("vatt_tiny", tmp_path, rounds=2, device="cpu")
+    files = (tmp_path / "checkpoints").glob("step-00000002/*.safetensors")
+    assert result["megabytes"] == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, rel=0.05)
+    assert 0 < result["stall"] < result["write"]
+
+
+def test_the_cost_of_the_engine_is_measured():
+    result = measure_engine("vatt_tiny", 2, rounds=1, device="cpu")
+    assert result["overhead"] == pytest.approx(result["engine"] / result["bare"] - 1)

@@ -142,10 +142,7 @@ def test_mutated_flags_are_refused_by_name(capsys, part):
 
 
 MESSAGES = [
-    (
-        ["pretrian"],
-        "vatt: the verb must be one of pretrain, retrieve, visualize, report, data, demo-data, doctor, got 'pretrian'.",
-    ),
+    (["pretrian"], f"vatt: the verb must be one of {', '.join(cli.VERBS)}, got 'pretrian'."),
     (["pretrain", "demoo"], "vatt pretrain: recipe must be one of demo, vatt_bbs,"),
     (["pretrain", "vatt-mbz"], "got 'vatt-mbz'. Did you mean 'vatt_mbs'?"),
     (["pretrain", "none.yaml"], "none.yaml: the config file must exist, got no such file."),

@@ -48,6 +48,20 @@ class Batch:
         """The same batch with every tensor on `device`."""
         return Batch(**{name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors().items()})
 
+    def split(self, num_parts: int) -> list[Batch]:
+        """The rows in `num_parts` parts, in order; the first ones are a row longer where it does not come out even.
+
+        Raises:
+            ValueError: there would be a part without a row.
+
+        >>> [len(part) for part in Batch(audio=torch.zeros(5, 128)).split(2)]
+        [3, 2]
+        """
+        if not 1 <= num_parts <= len(self):
+            raise ValueError(f"Batch.split: num_parts must be in 1..{len(self)}, got {num_parts}.")
+        parts = {name: tensor.tensor_split(num_parts) for name, tensor in self.tensors().items()}
+        return [Batch(**{name: tensors[i] for name, tensors in parts.items()}) for i in range(num_parts)]
+
 
 class Embeddings(NamedTuple):
     """Projections into the common spaces, not normalised; None where a modality is absent.

@@ -14,15 +14,20 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "visualize": ("vatt_engine.tasks.visualize", "the paper's figures of trained runs, and the numbers behind them"),
     "report": ("vatt_engine.tasks.report", "one self-contained HTML page about trained runs, side by side"),
-    "data": ("vatt_engine.tasks.data", "manifests of known datasets from their annotation files"),
+    "prepare": ("vatt_engine.tasks.prepare", "transcode the files of a manifest into shards, once"),
+    "data": ("vatt_engine.tasks.data", "manifests of known datasets; one index for prepared parts"),
+    "plot": ("vatt_engine.tasks.plot", "draw what a run has logged"),
+    "convert": ("vatt_engine.tasks.convert", "checkpoints to and from other formats"),
     "demo-data": ("vatt_engine.tasks.demo_data", "make a small learnable world of real media files"),
+    "flops": ("vatt_engine.tasks.flops", "parameters and FLOPs of a model, beside the paper's"),
+    "scale": ("vatt_engine.tasks.scale", "memory, traffic and speed of a run on paper, before renting GPUs"),
     "doctor": ("vatt_engine.tasks.doctor", "what this machine can do, and why not the rest"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 130 or 143 interrupted and saved,
-    141 nobody reads the output.
+    """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 128 + the signal's number interrupted
+    (Ctrl-C 130, SIGTERM 143, SIGUSR1 138; what training had done is saved), 141 nobody reads the output.
 
     >>> main(["--help"])
     usage: vatt VERB ...
@@ -30,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first; LOCAL_RANK says the same
+        del argv[0]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2

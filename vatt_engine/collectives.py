@@ -111,7 +111,8 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         out = x.new_empty(world_size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+        gather(out, x.contiguous(), group)
         return out
 
     @staticmethod
@@ -119,7 +120,8 @@ class _AllGather(torch.autograd.Function):
         if grad.device.type == "cpu":  # gloo has no reduce-scatter in every version of torch that we support
             return _reduced(grad, dist.ReduceOp.SUM, ctx.group).chunk(world_size(ctx.group))[rank(ctx.group)], None
         part = grad.new_empty(grad.shape[0] // world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(part, grad.contiguous(), group=ctx.group)
         return part, None
 
 

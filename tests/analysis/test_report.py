@@ -8,7 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from vatt_engine.analysis import report
-from vatt_engine.analysis.report import plot_losses, plot_similarity, table
+from vatt_engine.analysis.report import plot_losses, plot_monitors, plot_similarity, table
 
 
 def record(step, **values):
@@ -132,3 +132,17 @@ except RuntimeError as error:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[:3] == ["a", "-", "1"]
     assert "matplotlib must be installed for plots" in result.stdout
+
+
+def test_monitors_are_drawn_by_kind(tmp_path, figures):
+    records = [record(n, video_audio_rank=9.0, audio_video_rank=8.0, rss_mb=300 + n, mfu=None) for n in (1, 2, 3)]
+    records[1]["video_audio_rank"] = None
+    path = plot_monitors(write_run(tmp_path, records))
+    assert path == tmp_path / "plots" / "monitors.png"
+    panels = {axes.get_title(loc="left"): lines_of(axes) for axes in figures[0].axes}
+    assert list(panels) == ["effective rank of the embeddings (1: collapsed)", "clips per second", "memory (MB)"]
+    ranks, _, memory = panels.values()
+    assert list(ranks) == ["audio_video_rank", "video_audio_rank"]
+    np.testing.assert_array_equal(ranks["video_audio_rank"].get_ydata(), [9.0, np.nan, 9.0])
+    assert memory["rss_mb"].get_ydata().tolist() == [301.0, 302.0, 303.0]
+    assert plot_monitors(write_run(tmp_path / "none", [{"step": 1, "total": 1.0}])) is None

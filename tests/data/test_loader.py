@@ -165,13 +165,13 @@ def test_the_cache_decodes_once(samples, monkeypatch):
     from vatt_engine.data import clips
 
     opened = []
-    media = clips.Media
+    open_media = clips.open_media
 
-    def counted(path, limits):
-        opened.append(path)
-        return media(path, limits)
+    def counted(sample, limits):
+        opened.append(sample.path)
+        return open_media(sample, limits)
 
-    monkeypatch.setattr(clips, "Media", counted)
+    monkeypatch.setattr(clips, "open_media", counted)
     take(Loader(samples, replace(SMALL, cache="memory", num_windows=3), train=False), 99)
     assert sorted(opened) == sorted(one.path for one in samples)
 

@@ -145,38 +145,60 @@ def test_a_disk_error_leaves_the_older_one(tmp_path, monkeypatch, call, number):
 
 KILLER = """
 import os, random, signal, sys, time, torch
-from vatt_engine.engine.checkpoint import load_latest, save
-rng = random.Random(0)
-group = {f"p{i}": torch.full((20_000,), float(i)) for i in range(40)}
-for attempt in range(20):
-    run_dir = f"{sys.argv[1]}/{attempt}"
-    done, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        for step in range(1, 10_000):
-            save(run_dir, step, {"model": group}, {"step": step}, keep=2)
+from torch import distributed as dist
+from fleet import free_port
+from vatt_engine.engine.checkpoint import load_latest, save, share
+from vatt_engine.engine.peers import Meeting
+
+folder, attempts, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+rng = random.Random(size)
+tensors = {"model": {f"p{i}": torch.full((20_000,), float(i)) for i in range(40)}}
+
+def train(run_dir, rank, port, tell):
+    meeting, part = None, share(tensors, rank, size)
+    store = dist.TCPStore("127.0.0.1", port, None, False) if size > 1 else None
+    for step in range(1, 10_000):
+        meeting = Meeting(store, rank, size, f"try-{step}") if size > 1 else None
+        save(run_dir, step, part, {"step": step}, keep=2, meeting=meeting)
+        if rank == 0:
             os.write(tell, b".")
+
+for attempt in range(attempts):
+    run_dir, port = f"{folder}/{attempt}", free_port()
+    server = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False) if size > 1 else None
+    done, tell = os.pipe()
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            train(run_dir, rank, port, tell)
     os.close(tell)
     saved = sum(len(os.read(done, 1)) for _ in range(rng.randrange(1, 5)))
-    deadline = time.perf_counter() + rng.random() * 0.1  # a random moment of one of the next saves
-    while time.perf_counter() < deadline:
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    for child in rng.sample(children, size):
+        deadline = time.perf_counter() + rng.random() * 0.1  # a random moment of one of the next saves
+        while time.perf_counter() < deadline:
+            pass
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
     saved += len(os.read(done, 100_000))
     found = load_latest(run_dir)
     assert found.skipped == (), found.skipped
     assert found.step in (saved, saved + 1), (found.step, saved)
     assert found.state == {"step": found.step}
-    assert found.tensors["model"]["p39"].eq(39).all()
+    assert len(found.tensors["model"]) == 40 and found.tensors["model"]["p39"].eq(39).all()
     print(*sorted(os.listdir(f"{run_dir}/checkpoints")))
 """
 
 
-def test_a_kill_at_any_moment_loses_nothing(tmp_path):
-    result = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("attempts", [10, pytest.param(200, marks=pytest.mark.soak)])
+def test_a_kill_at_any_moment_loses_nothing(tmp_path, attempts, size):
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    command = [sys.executable, "-c", KILLER, str(tmp_path), str(attempts), str(size)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n") == 20
+    assert result.stdout.count("\n") == attempts
     assert ".tmp" in result.stdout  # some were killed while they wrote
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vatt_engine.engine.checkpoint import CheckpointError
-from vatt_engine.engine.engine import Engine, EngineConfig, derive_seed, random_state, set_random_state
+from vatt_engine.engine.engine import Engine, EngineConfig
 from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
+from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
 
 OPTIM = OptimConfig(lr=1e-2)
 SCHEDULE = ScheduleConfig(final=1e-3, warmup_steps=3, total_steps=12)
@@ -26,6 +27,9 @@ class Rows(NamedTuple):
 
     def to(self, device: torch.device) -> Rows:
         return Rows(self.x.to(device))
+
+    def split(self, num_parts: int) -> list[Rows]:
+        return [Rows(x) for x in self.x.tensor_split(num_parts)]
 
     def __len__(self) -> int:
         return len(self.x)
@@ -48,8 +52,14 @@ class Toy(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, batch: Rows, *, seed: int) -> Tensor:
+        return self.heads(**self.features(batch, seed=seed))
+
+    def features(self, batch: Rows, *, seed: int) -> dict[str, Tensor | None]:
         order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-        return self.drop(self.norm(self.second(self.first(batch.x[:, order]))))
+        return {"x": self.drop(self.second(self.first(batch.x[:, order]))), "absent": None}
+
+    def heads(self, x: Tensor, absent: None) -> Tensor:
+        return self.norm(x)
 
 
 class Loss(nn.Module):
@@ -69,9 +79,9 @@ def plain_loss(outputs: Tensor, batch: Rows) -> Terms:
     return Terms(total=square, square=square)
 
 
-def rows(step: int, micro: int = 0, size: int = 8) -> Rows:
-    """The data of one micro-batch, a function of its place in the run alone."""
-    return Rows(torch.randn(size, 4, generator=torch.Generator().manual_seed(1000 * step + micro)))
+def rows(step: int, size: int = 8) -> Rows:
+    """The data of one step, a function of its place in the run alone."""
+    return Rows(torch.randn(size, 4, generator=torch.Generator().manual_seed(step)))
 
 
 def build(run_dir=None, *, module=None, loss=None, optim=None, **config) -> Engine:
@@ -82,9 +92,8 @@ def build(run_dir=None, *, module=None, loss=None, optim=None, **config) -> Engi
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor that training changes, weights, buffers, moments and random state alike."""
-    found = {f"{group}.{k}": v for group, m in engine.modules.items() for k, v in m.state_dict().items()}
-    moments, scalars = engine._optimizer_state()
-    found |= {f"optimizer.{key}": torch.as_tensor(value) for key, value in {**moments, **scalars}.items()}
+    state = engine.strategy.export_state()
+    found = {f"{group}.{name}": value for group, values in state.items() for name, value in values.items()}
     return {key: value.clone() for key, value in found.items()} | {"random": torch.get_rng_state()}
 
 
@@ -96,49 +105,69 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resumes_bit_for_bit_at_every_step(tmp_path, accumulate, precision):
-    def micro_batches(step):
-        return [rows(step, micro) for micro in range(accumulate)]
-
-    straight = build(precision=precision)
+    options = {"precision": precision, "accumulate": accumulate}
+    straight = build(**options)
     after = []
     for step in range(12):
-        straight.step(micro_batches(step))
+        straight.step(rows(step))
         after.append(everything(straight))
     assert not torch.equal(after[0]["model.first.weight"], after[11]["model.first.weight"])
     assert not torch.equal(after[0]["model.norm.running_var"], after[11]["model.norm.running_var"])
     for stop in range(1, 12):
         run_dir = tmp_path / f"{stop}"
-        first = build(run_dir, precision=precision)
+        first = build(run_dir, **options)
         for step in range(stop):
-            first.step(micro_batches(step))
+            first.step(rows(step))
         first.save(loader={"position": stop})
-        second = build(run_dir, precision=precision)
+        second = build(run_dir, **options)
         torch.manual_seed(99)  # a new process starts from other random states
         random.seed(99)
         assert second.resume().state["extra"] == {"loader": {"position": stop}}
         assert_same(everything(second), after[stop - 1])
         for step in range(stop, 12):
-            second.step(micro_batches(step))
+            second.step(rows(step))
         assert_same(everything(second), after[11])
 
 
-def test_step_is_the_gradient_of_the_mean_over_micro_batches():
-    engine = build(module=Toy(dropout=0.0), loss=plain_loss)
-    twin = build(module=Toy(dropout=0.0), loss=plain_loss)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_step_is_the_gradient_of_one_batch(parts, dropout):
+    """The same masks in both passes, and the BatchNorm's statistics those of all rows, taken once."""
+    engine = build(module=Toy(dropout=dropout), loss=plain_loss, accumulate=parts)
+    twin = build(module=Toy(dropout=dropout), loss=plain_loss)
     twin.module.load_state_dict(engine.module.state_dict())
-    seeds = [derive_seed(0, 0, micro) for micro in range(2)]
-    losses = [plain_loss(twin.module(rows(0, m), seed=seeds[m]), rows(0, m)).total for m in range(2)]
-    (sum(losses) / 2).backward()
-    out = engine.step([rows(0, 0), rows(0, 1)])
-    torch.testing.assert_close(out.terms["total"], (sum(losses) / 2).detach())
-    torch.testing.assert_close(engine.module.first.weight.grad, twin.module.first.weight.grad)
-    norm = torch.stack([p.grad.norm() for p in twin.parameters.values()]).norm()
-    torch.testing.assert_close(out.grad_norm, norm)
+    features = []
+    for index, part in enumerate(rows(0).split(parts)):
+        torch.manual_seed(derive_seed(0, 0, index, 0))
+        features.append(twin.module.features(part, seed=derive_seed(0, 0))["x"])
+    loss = plain_loss(twin.module.heads(torch.cat(features), None), rows(0)).total
+    loss.backward()
+    out = engine.step(rows(0))
+    torch.testing.assert_close(out.terms["total"], loss.detach())
+    gradients = [(p.grad, twin.strategy.parameters[name].grad) for name, p in engine.strategy.parameters.items()]
+    for got, wanted in gradients:
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(out.grad_norm, torch.stack([wanted.norm() for _, wanted in gradients]).norm())
+    torch.testing.assert_close(engine.module.norm.running_var, twin.module.norm.running_var)
+    assert engine.module.norm.num_batches_tracked == 1
+
+
+def test_parts_make_the_same_step_as_the_whole():
+    """All weights after twelve steps; as many parts as rows at most. (Adam makes steps of the biases' rounding.)"""
+    sgd = OptimConfig(name="sgd", lr=1e-2)
+    whole, *others = (build(module=Toy(dropout=0.0), accumulate=n, optim=sgd) for n in (1, 2, 3, 99))
+    for step in range(12):
+        for engine in (whole, *others):
+            engine.step(rows(step))
+    for other in others:
+        for name, value in everything(whole).items():
+            if "random" not in name:
+                torch.testing.assert_close(everything(other)[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_first_step_has_the_schedules_rate():
     engine = build()
-    assert [round(engine.step([rows(step)]).lr, 12) for step in range(4)] == [
+    assert [round(engine.step(rows(step)).lr, 12) for step in range(4)] == [
         0.0,
         round(1e-2 / 3, 12),
         round(2e-2 / 3, 12),
@@ -150,17 +179,17 @@ def test_only_trainable_parameters_move_and_the_losss_do():
     engine = build()
     before = everything(engine)
     for step in range(3):
-        engine.step([rows(step)])
+        engine.step(rows(step))
     after = everything(engine)
     assert torch.equal(before["model.frozen"], after["model.frozen"])
     assert not torch.equal(before["loss.scale"], after["loss.scale"])
-    assert "model.second.weight" not in engine.parameters  # tied to first.weight, stepped once
+    assert "model.second.weight" not in engine.strategy.parameters  # tied to first.weight, stepped once
 
 
 def test_clip_norm_bounds_the_gradient():
     engine = build(loss=plain_loss, optim=OptimConfig(lr=1e-2, clip_norm=1e-3))
-    out = engine.step([rows(0)])
-    clipped = torch.stack([p.grad.norm() for p in engine.parameters.values()]).norm()
+    out = engine.step(rows(0))
+    clipped = torch.stack([p.grad.norm() for p in engine.strategy.parameters.values()]).norm()
     assert out.grad_norm > 1e-2
     torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
@@ -173,27 +202,28 @@ class Fragile(nn.Module):
         return Terms(total=total, square=total)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_changes_nothing(poison):
-    engine = build()
+def test_a_loss_that_is_not_finite_changes_nothing(poison, accumulate):
+    engine = build(accumulate=accumulate)
     for step in range(2):
-        engine.step([rows(step)])
+        engine.step(rows(step))
     before = everything(engine)
     bad = rows(2)
     bad.x[3, 1] = poison
-    out = engine.step([rows(2, 1), bad])
+    out = engine.step(bad)
     assert (out.skipped, out.step, engine.skipped, engine.skipped_in_a_row) == (True, 3, 1, 1)
     after = everything(engine)
     del before["random"], after["random"]
     assert_same(after, before)  # the BatchNorm statistics too, which the forward pass had already touched
-    assert not engine.step([rows(3)]).skipped
+    assert not engine.step(rows(3)).skipped
     assert (engine.skipped, engine.skipped_in_a_row) == (1, 0)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     engine = build(loss=Fragile())
     before = everything(engine)
-    out = engine.step([Rows(torch.zeros(8, 4))])
+    out = engine.step(Rows(torch.zeros(8, 4)))
     assert torch.isfinite(out.terms["total"])
     assert not torch.isfinite(out.grad_norm)
     assert out.skipped
@@ -203,10 +233,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_stops_after_too_many_skipped_in_a_row():
     engine = build(max_skipped=3)
     bad = Rows(torch.full((8, 4), float("nan")))
-    engine.step([bad])
-    engine.step([bad])
+    engine.step(bad)
+    engine.step(bad)
     with pytest.raises(TrainingStopped, match="3 steps in a row"):
-        engine.step([bad])
+        engine.step(bad)
 
 
 def test_seeds_differ_by_every_part():
@@ -235,19 +265,19 @@ def test_a_parameter_without_dimensions_is_refused_by_name():
 def test_nothing_to_train_and_nothing_to_train_on_are_refused():
     with pytest.raises(ValueError, match="must have a trainable parameter"):
         build(module=Toy().requires_grad_(False), loss=plain_loss)
-    with pytest.raises(ValueError, match="at least one micro-batch"):
-        build().step([])
+    with pytest.raises(ValueError, match="batch must hold at least one row, got none"):
+        build().step(rows(0, size=0))
     with pytest.raises(ValueError, match="run_dir must be given"):
         build().save()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     engine = build(tmp_path)
-    engine.step([rows(0)])
+    engine.step(rows(0))
     engine.save()
     other = Toy()
     other.first = nn.Linear(4, 5)
-    with pytest.raises(CheckpointError, match=r"step-00000001: the checkpoint must fit the model .* size mismatch"):
+    with pytest.raises(CheckpointError, match=r"step-00000001: the checkpoint must fit the model .* shape"):
         build(tmp_path, module=other).resume()
     with pytest.raises(CheckpointError, match="must fit the model"):
         build(tmp_path, loss=plain_loss).resume()
@@ -261,6 +291,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         ("keep_checkpoints", 1),
         ("seed", -1),
         ("precision", "fp16"),
+        ("strategy", "fsdp"),
+        ("offload", True),
     ],
 )
 def test_config_refuses(field, value):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import types
 
 import pytest
 
@@ -86,6 +87,53 @@ def test_missing_tensorboard_is_a_clear_error(tmp_path, monkeypatch):
         ValueError, match=r"engine\.tensorboard: tensorboard must be installed.*pip install tensorboard"
     ):
         RunLog(tmp_path, 100, tensorboard=True)
+
+
+def test_wandb_gets_the_same_numbers_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    calls, ids = [], []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values["total"]))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**settings):
+        ids.append(settings["id"])
+        assert (settings["project"], settings["name"]) == ("vatt_engine", tmp_path.name)
+        return Run()
+
+    fake = types.ModuleType("wandb")
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for step in (10, 20):
+        with RunLog(tmp_path, 100, wandb=True, stream=io.StringIO(), resume_step=step - 10) as log:
+            log.write(step, {"total": step / 10}, clips=64)
+    assert calls == [(10, 1.0), "finished", (20, 2.0), "finished"]
+    assert ids[0] == ids[1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"engine\.wandb: wandb must be installed.*pip install wandb"):
+        RunLog(tmp_path, 100, wandb=True)
+
+
+def test_mfu_is_model_flops_over_the_devices(tmp_path):
+    with RunLog(tmp_path, 100, stream=io.StringIO(), flops_per_clip=2e9, peak_flops=1e12) as log:
+        record = log.write(10, {"total": 1.0}, clips=64)
+    assert record["mfu"] == pytest.approx(record["clips_per_second"] * 2e9 / 1e12)
+
+
+def test_going_back_drops_the_records_and_leaves_an_event(tmp_path):
+    out = io.StringIO()
+    with RunLog(tmp_path, 100, stream=out) as log:
+        for step in (10, 20, 30):
+            log.write(step, {"total": 1.0}, clips=64)
+        log.go_back(10)
+        log.event(30, "the loss jumps", to=10)
+        log.write(20, {"total": 0.5}, clips=64)
+    assert [(r["step"], r["total"]) for r in records(tmp_path)] == [(10, 1.0), (20, 0.5)]
+    assert json.loads((tmp_path / "events.jsonl").read_text()) == {"step": 30, "event": "the loss jumps", "to": 10}
+    assert "step 30: the loss jumps, to 10" in out.getvalue()
 
 
 def test_environment_is_an_allow_list(monkeypatch):

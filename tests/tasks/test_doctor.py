@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -14,7 +15,8 @@ from vatt_engine.tasks import doctor
 def test_reports_every_section(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for title in ("machine", "packages", "GPU", "native module", "ops (first that can run is used)", "media"):
+    sections = ("machine", "packages", "GPU", "native module", "ops (first that can run is used)", "media")
+    for title in (*sections, "DALI (prepared shards)"):
         assert f"\n{title}\n" in f"\n{out}"
     assert torch.__version__.split("+")[0] in out
     for op in dispatch.list_ops():
@@ -51,3 +53,11 @@ def test_a_broken_part_does_not_stop_the_rest(monkeypatch):
     assert found["ops (first that can run is used)"] == [("could not be examined", "OSError: broken driver")]
     assert found["machine"][0][0] == "could not be examined"
     assert dict(found["packages"])["torch"]
+
+
+def test_dali_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(doctor, "dali_missing", lambda device: None if device == "cpu" else "no decoder here.")
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: SimpleNamespace(__version__="9.9"))
+    assert dict(doctor.report()["DALI (prepared shards)"])["on the GPU"] == "no decoder here."
+    monkeypatch.setattr(doctor, "dali_missing", lambda device: "not installed.")
+    assert doctor.report()["DALI (prepared shards)"] == [("DALI", "not installed.")]

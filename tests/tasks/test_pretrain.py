@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import signal
 import subprocess
@@ -12,9 +14,13 @@ import pytest
 import torch
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader, join_sources
+from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.quarantine import QuarantineError
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
+from vatt_engine.engine.engine import Engine
+from vatt_engine.engine.faults import SpikeGuard
 from vatt_engine.models import from_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import PretrainConfig, load_config
@@ -74,7 +80,8 @@ def test_leaves_a_run_folder(config, monkeypatch, capsys):
     assert [record["step"] for record in found] == [2, 4, 6]
     assert set(found[0]) == {
         *("step", "total", "video_audio", "video_text", "grad_norm", "lr", "data_seconds"),
-        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds"),
+        *("skipped", "quarantined", "noted", "clips_per_second", "eta_seconds", "seconds", "rss_mb", "temperature"),
+        *(f"{e}_{k}" for e in ("video_audio", "audio_video", "video_text", "text_video") for k in ("std", "rank")),
     }
     assert [record["lr"] for record in found] == pytest.approx(
         [5e-4, 1e-3 * 0.85502, 1e-5 + 9.9e-4 * 0.146447], rel=1e-3
@@ -224,7 +231,7 @@ def test_refuses_a_folder_that_holds_a_run(config, world, tmp_path):
     other = tmp_path / "other.jsonl"
     lines = world.train.read_text().splitlines()
     other.write_text("\n".join(line.replace('"train/', f'"{world.train.parent}/train/') for line in lines))
-    with pytest.raises(ValueError, match=r"got other files .* Resume with the same data\.train"):
+    with pytest.raises(ValueError, match=r"got other files or weights .* Resume with the same data\.train"):
         pretrain(replace(config, {"data.train": str(other)}), resume=True)
 
 
@@ -308,3 +315,68 @@ def test_too_many_bad_files_stop_a_run_after_saving_it(config, world, tmp_path):
     pretrain(straight)
     ends = [load_latest(out).tensors["model"] for out in (config.out, straight.out)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_mixture_of_two_sets(config, world, tmp_path, capsys):
+    """The second set has no captions: its rows are masked, and half of every batch is of it."""
+    plain = rewritten(world, tmp_path / "plain.jsonl", captions=[])
+    flags = ["--data.train", config.data.train, plain, "--data.weights", "1", "1", "--data.num-workers", "1"]
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 5, "data.cache": "none"}))))
+    assert main([str(path), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "vatt_tiny on cpu: 40 clips, " in said
+    assert "an epoch is 5 batches of 8 and leaves out 0 clips" in said
+    saved = load_config(str(Path(config.out) / "config.yaml")).data
+    assert (saved.train, saved.weights) == ((config.data.train, plain), (1.0, 1.0))
+    samples, sizes = join_sources([read_manifest(source) for source in saved.sources])
+    with Loader(samples, saved, Vocabulary.load(Path(config.out) / "tokenizer.json"), sizes=sizes) as loader:
+        masks = [next(batches).text_mask.sum().item() for batches in [iter(loader)] for _ in range(5)]
+    assert masks == [4] * 5
+
+
+def test_a_loss_that_jumps_sets_the_run_back_and_skips_the_data(config, monkeypatch, capsys):
+    config = replace(config, {"engine.steps": 9, "schedule.total_steps": 9, "engine.spike_factor": 4.0})
+    monkeypatch.setattr("vatt_engine.tasks.pretrain.SpikeGuard", functools.partial(SpikeGuard, window=4))
+    step, seen = Engine.step, []
+
+    def jumping(self, batch):
+        out = step(self, batch)
+        seen.append((out.step, batch.sample_id.tolist()))
+        return out._replace(terms=out.terms | {"total": out.terms["total"] * (100 if len(seen) == 6 else 1)})
+
+    monkeypatch.setattr(Engine, "step", jumping)
+    assert pretrain(config) == 0
+    steps, batches = zip(*seen)
+    assert steps == (1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9)  # back from 6 to the checkpoint of 4
+    assert len(set(map(tuple, batches))) == len(batches)  # with other data
+    event = json.loads((Path(config.out) / "events.jsonl").read_text())
+    assert (event["step"], event["to"]) == (6, 4)
+    assert [record["step"] for record in records(config.out)] == [2, 4, 6, 8, 9]
+    assert "step 6: the loss jumps: went back and skipped the data since then, to 4" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_a_message_with_what_helps(config, monkeypatch, capsys):
+    def full(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Engine, "step", full)
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_yaml(to_dict(config)))
+    assert main([str(path)]) == 1
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("--engine.accumulate", "--engine.precision bf16", "--data.batch-size"))
+
+
+def test_an_end_that_cannot_be_saved_is_a_message(config, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 4}))))
+    monkeypatch.setattr("vatt_engine.engine.checkpoint.os.fsync", full)
+    assert main([str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "warning: the checkpoint could not be written; older ones are intact, the next save tries" in captured.out
+    assert f"the checkpoint of step 4 must fit on the disk, got: [Errno {errno.ENOSPC}]" in captured.err
+    assert f"`vatt pretrain --resume {config.out}` goes on" in captured.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,16 @@ from typing import Any
 from torch import Tensor
 
 LOSS_TERMS = {"total": "total", "video_audio": "video-audio NCE", "video_text": "video-text MIL-NCE"}
+MONITORS = {  # title of a panel -> which numbers of metrics.jsonl it shows
+    "effective rank of the embeddings (1: collapsed)": r".*_rank",
+    "standard deviation of the embeddings (0: collapsed)": r".*_std",
+    "temperature": "temperature",
+    "clips per second": "clips_per_second",
+    "share of the device's FLOPs (MFU)": "mfu",
+    "seconds waited for data, per record": "data_seconds",
+    "memory (MB)": r".*_mb",
+    "steps skipped, files quarantined": "skipped|quarantined",
+}
 COLORS = ("#1b1b1b", "#1f77b4", "#d1662c")
 NORM_COLOR = "#6f7680"
 GRID = {"color": "#d9d9d9", "linewidth": 0.6}
@@ -65,6 +76,50 @@ def plot_losses(run_dir: str | Path) -> Path | None:
         axes.spines["top"].set_visible(False)
     losses.spines["right"].set_visible(False)
     return _save(figure, run_dir / "plots" / "loss.png")
+
+
+def plot_monitors(run_dir: str | Path) -> Path | None:
+    """Draw what shows trouble into `plots/monitors.png`: spread of the embeddings, throughput, memory, lost data.
+
+    Args:
+        run_dir: run folder with metrics.jsonl, as for `plot_losses`; a monitor that has no number is left out.
+
+    Returns:
+        The picture's path, or None where there is nothing to draw.
+
+    Raises:
+        ValueError: metrics.jsonl is missing or has a bad line; the message has the line.
+        RuntimeError: matplotlib is not installed.
+
+    >>> plot_monitors("runs/demo")  # doctest: +SKIP
+    """
+    run_dir = Path(run_dir)
+    records = _read_records(run_dir / "metrics.jsonl")
+    panels = []
+    for title, pattern in MONITORS.items():
+        names = sorted({name for record in records for name in record if re.fullmatch(pattern, name)})
+        series = {name: _series(records, name) for name in names}
+        series = {name: values for name, values in series.items() if any(map(math.isfinite, values))}
+        panels += [(title, series)] if series else []
+    if not panels:
+        return None
+    steps = [record["step"] for record in records]
+    figure = _figure(8, 1.9 * len(panels))
+    for axes, (title, series) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        for name, values in series.items():
+            axes.plot(steps, values, linewidth=1.4, label=name, **_markers(steps))
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set_ylim(bottom=0)
+        axes.grid(**GRID)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xlabel("step")
+    return _save(figure, run_dir / "plots" / "monitors.png")
+
+
+def plot_run(run_dir: str | Path) -> list[Path]:
+    """All pictures that a run's metrics.jsonl gives, see `plot_losses` and `plot_monitors`."""
+    return [path for draw in (plot_losses, plot_monitors) if (path := draw(run_dir)) is not None]
 
 
 def plot_similarity(

@@ -82,7 +82,7 @@ def augment_video(frames: Tensor, size: int, config: AugmentConfig, generator: t
     advances alike whichever stages are on, except for "inception" boxes.
 
     Args:
-        frames: [T, H, W, 3], uint8.
+        frames: [T, H, W, 3], uint8, on any device.
         size: side of the result in pixels.
         config: what to do and how strongly.
         generator: a CPU generator.
@@ -112,7 +112,8 @@ def augment_video(frames: Tensor, size: int, config: AugmentConfig, generator: t
     if draw[5] < config.flip:
         view = view.flip(2)
     if draw[6] < config.color_jitter:
-        frames_at_once = max(1, 2**15 // size**2)  # intermediate colours stay in the cache
+        on_cpu = view.device.type == "cpu"
+        frames_at_once = max(1, 2**15 // size**2) if on_cpu else len(view)  # intermediate colours stay in the cache
         view = torch.cat([_jitter_color(part, config, draw[7:]) for part in view.split(frames_at_once)])
     return view
 
@@ -144,7 +145,7 @@ def augment_audio(wave: Tensor, config: AugmentConfig, generator: torch.Generato
     """A waveform with Gaussian noise: x + audio_noise * max|x| * N(0, 1); not clipped, as in the official code.
 
     Args:
-        wave: [L], float32.
+        wave: [L], float32, on any device.
         config: `audio_noise` is used.
         generator: a CPU generator.
 
@@ -160,7 +161,7 @@ def augment_audio(wave: Tensor, config: AugmentConfig, generator: torch.Generato
         raise ValueError(f"augment_audio: wave must be float [L], got {wave.dtype} {list(wave.shape)}.")
     if config.audio_noise == 0 or not len(wave):
         return wave.clone()
-    noise = torch.randn(len(wave), generator=generator, dtype=wave.dtype)
+    noise = torch.randn(len(wave), generator=generator, dtype=wave.dtype).to(wave.device)
     return noise.mul_(wave.abs().max() * config.audio_noise).add_(wave)
 
 
@@ -264,9 +265,12 @@ def _resize_box(frames: Tensor, box: tuple[int, int, int, int], size: int) -> Te
     view = frames[:, top : top + height, left : left + width]
     if (height, width) == (size, size):
         return view.clone(memory_format=torch.contiguous_format)
-    resized = torch.nn.functional.interpolate(
-        view.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True, align_corners=False
-    )
+    view = view.permute(0, 3, 1, 2)
+    if view.device.type != "cpu":  # PyTorch resizes bytes on the CPU alone
+        view = view.float()
+    resized = torch.nn.functional.interpolate(view, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    if resized.is_floating_point():
+        resized = resized.round_().to(torch.uint8)
     return resized.permute(0, 2, 3, 1).contiguous()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,21 @@ from torch import Tensor
 from vatt_engine.data.augment import augment_audio, augment_video, center_crop
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Caption, Sample
-from vatt_engine.data.media import Clip, Media, MediaError, Track
+from vatt_engine.data.media import Clip, Media, MediaError, Track, open_media
+from vatt_engine.data.order import generator_of
 from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window
 from vatt_engine.data.words import Vocabulary
+
+
+class Decoded(NamedTuple):
+    """Picture [T, S, S, 3] uint8 and sound [L] of a row; where it begins and its sample ends, seconds of the file."""
+
+    video: Tensor
+    audio: Tensor | None
+    audio_mask: bool
+    start: float
+    end: float
+    note: str = ""  # what was odd about decoding it
 
 
 class Row(NamedTuple):
@@ -45,7 +57,7 @@ class ClipReader:
 
     def __init__(self, config: DataConfig, vocabulary: Vocabulary | None, *, seed: int, train: bool):
         self.config, self.vocabulary, self.seed, self.train = config, vocabulary, seed, train
-        self._tracks: dict[int, Future[Track | str]] = {}  # by sample.index; a str is why the file cannot be used
+        self._tracks: dict[Path, Future[Track | str]] = {}  # a str is why the file cannot be used
         self._cached_bytes, self._lock = 0, threading.Lock()
 
     def row(self, sample: Sample, epoch: int, window: int = 0) -> Row:
@@ -54,14 +66,18 @@ class ClipReader:
         Raises:
             MediaError: the file cannot be used.
         """
+        return self.worded(sample, self.decode(sample, epoch, window))
+
+    def decode(self, sample: Sample, epoch: int, window: int = 0) -> Decoded:
+        """The row without its words; the window lies within the sample, which repeats where it is shorter."""
         config, generator = self.config, generator_of(self.seed, epoch, sample.id)
         source = self._track(sample) if config.cache == "memory" else self._media(sample)
-        duration = source.duration if isinstance(source, Track) else source.info.duration
+        end = self._end(sample, source)
         if self.train:
-            start = random_window(duration, config.clip_seconds, generator)
+            start = random_window(end - sample.start, config.clip_seconds, generator)
         else:
-            start = even_windows(duration, config.clip_seconds, config.num_windows)[window]
-        clip = self._clip(source, start)
+            start = even_windows(end - sample.start, config.clip_seconds, config.num_windows)[window]
+        clip = self._clip(source, sample.start + start, None if sample.end is None else end)
         if self.train:
             video = augment_video(clip.video, config.frame_size, config.augment, generator)
         else:
@@ -70,14 +86,49 @@ class ClipReader:
         if config.num_samples:
             audio = torch.zeros(config.num_samples) if clip.audio is None else clip.audio
             audio = augment_audio(audio, config.augment, generator) if self.train else audio
-        captions = captions_within(sample.captions, duration)
-        late = len(sample.captions) - len(captions)
-        note = f"captions must begin within the {duration:.3f} s of the file, got {late} later." if late else ""
-        text, text_mask = self._text(captions, clip.start)
-        return Row(video, audio, clip.num_real_samples > 0, text, text_mask, sample, note)
+        return Decoded(video, audio, clip.num_real_samples > 0, clip.start, end, clip.note)
+
+    def worded(self, sample: Sample, decoded: Decoded) -> Row:
+        """The row of a decoded sample, with the captions of the sample nearest to its window."""
+        captions = [c for c in captions_within(sample.captions, decoded.end) if c.end >= sample.start]
+        notes, left_out = [decoded.note] if decoded.note else [], len(sample.captions) - len(captions)
+        if left_out and (sample.start, sample.end) == (0, None):
+            notes.append(f"captions must begin within the {decoded.end:.3f} s of the file, got {left_out} later.")
+        elif left_out:
+            span = f"{sample.start:.3f} to {decoded.end:.3f} s"
+            notes.append(f"captions must lie within the sample's {span}, got {left_out} outside.")
+        text, text_mask = self._text(captions, decoded.start)
+        return Row(decoded.video, decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes))
+
+    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
+        """Decode the part of a sample that begins at `start`, and forget it: where the next one begins, what was odd.
+
+        Raises:
+            MediaError: the file cannot be used.
+        """
+        config, media = self.config, self._media(sample)
+        end, start = self._end(sample, media), max(start, sample.start)
+        part = min(seconds, end - start)
+        clip = media.read(
+            start,
+            num_frames=max(1, round(part * config.fps)),
+            fps=config.fps,
+            num_samples=round(part * config.sample_rate) if config.num_samples else 0,
+            sample_rate=config.sample_rate,
+            short_side=config.short_side,
+        )
+        return (start + seconds if start + seconds + 1 / config.fps < end else None), clip.note
+
+    def _end(self, sample: Sample, source: Track | Media) -> float:
+        """The second of the file at which the sample ends, or the file, if that is sooner."""
+        duration = source.duration
+        if sample.start >= duration:
+            text = f"the sample must begin within the {duration:.3f} s of the file, got {sample.start:.3f} s."
+            raise MediaError(sample.path, text)
+        return duration if sample.end is None else min(sample.end, duration)
 
     def _media(self, sample: Sample) -> Media:
-        media = Media(sample.path, self.config.limits)
+        media = open_media(sample, self.config.limits)
         if not media.info.has_video:
             raise MediaError(sample.path, "the file must have a video track, got none.")
         return media
@@ -85,8 +136,8 @@ class ClipReader:
     def _track(self, sample: Sample) -> Track:
         """The decoded file from the cache; a failure is remembered too, since it does not depend on the window."""
         with self._lock:
-            made = self._tracks.get(sample.index)
-            future = self._tracks.setdefault(sample.index, Future())
+            made = self._tracks.get(sample.path)
+            future = self._tracks.setdefault(sample.path, Future())
         if made is None:
             try:
                 future.set_result(self._decoded(sample))
@@ -112,18 +163,27 @@ class ClipReader:
             )
         return media.read_all(**form)
 
-    def _clip(self, source: Track | Media, start: float) -> Clip:
+    def _clip(self, source: Track | Media, start: float, end: float | None) -> Clip:
+        """The window from `start` on; what there is before `end` is repeated, as a file is where that ends."""
         config = self.config
+        num_frames, num_samples = config.num_frames, config.num_samples
+        if end is not None:
+            period = max(1, round((end - start) * config.fps))
+            num_frames = min(num_frames, period)
+            num_samples = min(num_samples, round(period / config.fps * config.sample_rate))
         if isinstance(source, Track):
-            return source.cut(start, num_frames=config.num_frames, num_samples=config.num_samples)
-        return source.read(
-            start,
-            num_frames=config.num_frames,
-            fps=config.fps,
-            num_samples=config.num_samples,
-            sample_rate=config.sample_rate,
-            short_side=config.short_side,
-        )
+            clip = source.cut(start, num_frames=num_frames, num_samples=num_samples)
+        else:
+            clip = source.read(
+                start,
+                num_frames=num_frames,
+                fps=config.fps,
+                num_samples=num_samples,
+                sample_rate=config.sample_rate,
+                short_side=config.short_side,
+            )
+        video, audio = _repeated(clip.video, config.num_frames), _repeated(clip.audio, config.num_samples)
+        return clip._replace(video=video, audio=audio)
 
     def _text(self, captions: Sequence[Caption], start: float) -> tuple[Tensor | None, bool]:
         """Word ids [P, W] of the nearest captions, and whether they hold a word."""
@@ -140,11 +200,5 @@ class ClipReader:
         return ids, bool(worded.any())
 
 
-def hash_of(*numbers: int) -> int:
-    """63 bits of the numbers, alike on every machine."""
-    content = b"".join(number.to_bytes(16, "little", signed=True) for number in numbers)
-    return int.from_bytes(blake2b(content, digest_size=8).digest()) >> 1
-
-
-def generator_of(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_of(*numbers))
+def _repeated(track: Tensor | None, count: int) -> Tensor | None:
+    return track if track is None or len(track) == count else track[torch.arange(count) % len(track)]

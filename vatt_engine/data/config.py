@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vatt_engine.data.augment import AugmentConfig
+from vatt_engine.data.order import whole_shares
 from vatt_engine.data.streams import MediaLimits
 
 
@@ -14,8 +15,10 @@ class DataConfig:
     """What a clip is, and how clips are loaded.
 
     Args:
-        train: manifest of the training set, .jsonl or .csv.
-        batch_size: clips per batch.
+        train: the training set: a manifest (.jsonl, .csv), a folder of prepared shards, or its tars `{00..99}.tar`; or
+            several of them.
+        weights: share of each of several sets in the batches, up to a common factor; none: all files alike.
+        batch_size: clips per batch, over all ranks.
         num_frames: frames per clip, T.
         fps: frames per second of the clip, whatever the file has.
         frame_size: height and width of the frames a model gets, in pixels.
@@ -28,6 +31,11 @@ class DataConfig:
         cache: "memory" decodes each file once, whole, and cuts windows at its frames; for sets that fit.
         cache_gib: largest size of that cache in GiB.
         num_threads: files decoded at the same time; 0: as many as CPUs. It never changes a batch.
+        num_workers: processes that decode; 0: threads of this process, where a file that crashes FFmpeg ends the run
+            and one that hangs it stops it. It never changes a batch.
+        max_decode_seconds: of one sample in such a process, which is then killed.
+        loader: what decodes: "pyav"; "dali", prepared shards alone, in threads of this process; "auto": DALI where
+            those meet a GPU that it can use, else PyAV.
         prefetch: batches made ahead.
         max_bad_fraction: share of unusable samples, of at least 100, above which training stops.
         limits: what one file may ask for.
@@ -42,7 +50,8 @@ class DataConfig:
     3.2
     """
 
-    train: str = ""
+    train: str | tuple[str, ...] = ""
+    weights: tuple[float, ...] = ()
     batch_size: int = 64
     num_frames: int = 32
     fps: float = 10.0
@@ -56,13 +65,16 @@ class DataConfig:
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 8.0
     num_threads: int = 0
+    num_workers: int = 0
+    max_decode_seconds: float = 60.0
+    loader: Literal["auto", "pyav", "dali"] = "auto"
     prefetch: int = 2
     max_bad_fraction: float = 0.05
     limits: MediaLimits = field(default_factory=MediaLimits)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        lowest = {"num_samples": 0, "num_candidates": 0, "num_threads": 0}
+        lowest = {"num_samples": 0, "num_candidates": 0, "num_threads": 0, "num_workers": 0}
         ones = ("batch_size", "num_frames", "frame_size", "sample_rate", "max_words", "num_windows", "prefetch")
         for name, least in (lowest | dict.fromkeys(ones, 1)).items():
             if getattr(self, name) < least:
@@ -70,13 +82,33 @@ class DataConfig:
         for name in ("fps", "cache_gib"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"DataConfig: {name} must be above 0, got {getattr(self, name)}.")
+        if not self.sources:
+            raise ValueError("DataConfig: train must be a manifest or several, got none.")
+        if self.weights and len(self.weights) != len(self.sources):
+            text = f"be one per manifest of train, got {len(self.weights)} for {len(self.sources)}"
+            raise ValueError(f"DataConfig: weights must {text}.")
+        whole_shares(self.weights)
+        if not 0 < self.max_decode_seconds <= 86_400:
+            raise ValueError(f"DataConfig: max_decode_seconds must be in (0, 86400], got {self.max_decode_seconds}.")
+        if self.cache == "memory" and self.num_workers:
+            hint = "Each process would hold the whole set."
+            raise ValueError(
+                f"DataConfig: num_workers must be 0 where cache is 'memory', got {self.num_workers}. {hint}"
+            )
         if self.cache not in ("none", "memory"):
             raise ValueError(f"DataConfig: cache must be 'none' or 'memory', got {self.cache!r}.")
+        if self.loader not in ("auto", "pyav", "dali"):
+            raise ValueError(f"DataConfig: loader must be auto, pyav or dali, got {self.loader!r}.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"DataConfig: max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}.")
         if self.decode_size is not None and self.decode_size < self.frame_size:
             hint = f"Frames of {self.frame_size} would be enlarged."
             raise ValueError(f"DataConfig: decode_size must be at least frame_size, got {self.decode_size}. {hint}")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The manifests of the training set."""
+        return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
     def clip_seconds(self) -> float:

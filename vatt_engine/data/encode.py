@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, count, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +105,41 @@ def write_media(
         temporary.unlink(missing_ok=True)
 
 
+def write_pictures(
+    path: Path, pictures: Iterable[Tensor], *, fps: float, codec: str, options: Mapping[str, str]
+) -> int:
+    """Encodes pictures [H, W, 3] as they come, shown at i / fps, into a file without sound; returns height and width.
+
+    A packet is written as soon as it is made; avi, which stores no times, needs an encoder without B-frames for that.
+    """
+    import av
+
+    pictures, rate = iter(pictures), Fraction(fps).limit_denominator(1001)
+    first = next(pictures)
+    height, width = first.shape[:2]
+    with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
+        stream = _video_stream(container, codec, rate, 1 / rate, height, width, dict(options))
+        timed = zip(chain([first], pictures), count(), repeat(1))
+        for frame in chain(_video_frames(timed, 1 / rate, stream.pix_fmt), [None]):
+            container.mux(stream.encode(frame))
+    return height, width
+
+
+def write_sound(path: Path, blocks: Iterable[Tensor], *, sample_rate: int, codec: str) -> int:
+    """Encodes blocks of mono samples [L] as they come, from second 0 on; returns the number of samples."""
+    import av
+
+    num_samples = 0
+    with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
+        stream = _audio_stream(container, codec, sample_rate, 1, {})
+        for block in blocks:
+            for frame in _audio_frames(block[:, None], sample_rate, num_samples):
+                container.mux(stream.encode(frame))
+            num_samples += len(block)
+        container.mux(stream.encode(None))
+    return num_samples
+
+
 class _Clock(NamedTuple):
     """When each frame is shown: `ticks[i] * time_base` seconds."""
 
@@ -194,19 +229,15 @@ def _encode_file(path: Path, video, audio, sample_rate: int, start: float) -> No
             frames, clock, codec, options = video
             if path.suffix.lower() == ".avi":
                 options.setdefault("bf", "0")  # avi stores no times, so frames must be stored in the order of showing
-            stream = _add_stream(container, codec, "video_codec", clock.rate, options)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-            stream.codec_context.time_base = stream.time_base = clock.time_base
-            tracks.append((stream, _video_frames(frames, clock, stream.pix_fmt)))
+            stream = _video_stream(container, codec, clock.rate, clock.time_base, *frames.shape[1:3], options)
+            gaps = [b - a for a, b in pairwise(clock.ticks)]
+            gaps.append(gaps[-1] if gaps else round(1 / clock.rate / clock.time_base))
+            timed = zip(frames, clock.ticks, gaps)
+            tracks.append((stream, _video_frames(timed, clock.time_base, stream.pix_fmt)))
         if audio is not None:
             waveform, codec, options = audio
-            rates = _rates_of(codec)
-            if sample_rate <= 0 or (rates and sample_rate not in rates):
-                raise ValueError(f"write_media: sample_rate must be one of {rates} for {codec}, got {sample_rate}.")
-            stream = _add_stream(container, codec, "audio_codec", sample_rate, options)
-            stream.layout = _LAYOUTS[waveform.shape[1]]
-            tracks.append((stream, _audio_frames(waveform, sample_rate, start)))
+            stream = _audio_stream(container, codec, sample_rate, waveform.shape[1], options)
+            tracks.append((stream, _audio_frames(waveform, sample_rate, round(start * sample_rate))))
         try:
             packets = [p for stream, source in tracks for p in _packets(stream, source)]
             for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
@@ -215,6 +246,23 @@ def _encode_file(path: Path, video, audio, sample_rate: int, start: float) -> No
             names = " and ".join(stream.codec.name for stream, _ in tracks)
             hint = f"FFmpeg says: {error.strerror}."
             raise ValueError(f"write_media: the codecs must fit {path.suffix}, got {names}. {hint}") from error
+
+
+def _video_stream(container, codec: str, rate: Fraction, time_base: Fraction, height: int, width: int, options: dict):
+    stream = _add_stream(container, codec, "video_codec", rate, options)
+    stream.height, stream.width = height, width
+    stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    stream.codec_context.time_base = stream.time_base = time_base
+    return stream
+
+
+def _audio_stream(container, codec: str, sample_rate: int, channels: int, options: dict):
+    rates = _rates_of(codec)
+    if sample_rate <= 0 or (rates and sample_rate not in rates):
+        raise ValueError(f"write_media: sample_rate must be one of {rates} for {codec}, got {sample_rate}.")
+    stream = _add_stream(container, codec, "audio_codec", sample_rate, options)
+    stream.layout = _LAYOUTS[channels]
+    return stream
 
 
 def _add_stream(container, codec: str, argument: str, rate, options: dict):
@@ -243,24 +291,22 @@ def _packets(stream, source):
     return packets
 
 
-def _video_frames(frames: Tensor, clock: _Clock, pix_fmt: str):
+def _video_frames(timed: Iterable[tuple[Tensor, int, int]], time_base: Fraction, pix_fmt: str) -> Iterator:
+    """Frames of (picture, tick, ticks until the next)."""
     import av
 
     converter = av.video.reformatter.VideoReformatter()  # one for all frames: setting up costs more than converting
-
-    gaps = [b - a for a, b in pairwise(clock.ticks)]
-    gaps.append(gaps[-1] if gaps else round(1 / clock.rate / clock.time_base))
-    for image, tick, gap in zip(frames, clock.ticks, gaps):
+    for image, tick, gap in timed:
         frame = av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
         frame = converter.reformat(frame, format=pix_fmt, threads=1)
-        frame.pts, frame.time_base, frame.duration = tick, clock.time_base, gap
+        frame.pts, frame.time_base, frame.duration = tick, time_base, gap
         yield frame
 
 
-def _audio_frames(waveform: Tensor, sample_rate: int, start: float):
+def _audio_frames(waveform: Tensor, sample_rate: int, offset: int) -> Iterator:
+    """Frames of a waveform [L, C] whose first sample is number `offset`."""
     import av
 
-    offset = round(start * sample_rate)
     for begin in range(0, len(waveform), sample_rate):  # a second at a time bounds the encoder's buffers
         block = waveform[begin : begin + sample_rate].T.contiguous().numpy()
         frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=_LAYOUTS[waveform.shape[1]])

@@ -1,4 +1,4 @@
-"""Batches from a manifest: decode, augment, encode words, in threads, in an order that only the seed decides."""
+"""Batches from manifests: decode, augment, encode words, in threads or processes; only the seed decides the order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from vatt_engine.batch import Batch
-from vatt_engine.data.clips import ClipReader, Row, generator_of, hash_of
+from vatt_engine.data.clips import ClipReader, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import MediaError
+from vatt_engine.data.order import Order, Place, Step, evaluation_steps, hash_of, rank_share, training_steps
 from vatt_engine.data.quarantine import Quarantine, QuarantineError
 from vatt_engine.data.words import Vocabulary
+from vatt_engine.data.workers import Workers
 
-__all__ = ["DataConfig", "Loader", "Quarantine", "QuarantineError"]
+__all__ = ["DataConfig", "Loader", "Quarantine", "QuarantineError", "join_sources"]
 
 MAX_TRIES = 20  # substitutes for one place of a batch
 
@@ -37,25 +40,34 @@ class Loader:
     """Batches of clips: without end and augmented for training; once, in manifest order, for evaluation.
 
     The order of epoch e is a permutation drawn from (seed, e); window, crop, colours and noise of a sample come from
-    (seed, e, sample id): neither threads nor other samples matter. A file that cannot be used is quarantined; training
-    puts f(seed, e, position, try) in its place, evaluation goes on without it. The last, incomplete batch of a training
-    epoch is dropped. A sample without sound or captions keeps its place, with zeros and a False mask.
+    (seed, e, sample id): neither threads, processes, ranks nor other samples matter. A file that cannot be used is
+    quarantined; training puts f(seed, e, position, try) in its place, evaluation goes on without it. The last,
+    incomplete batch of a training epoch is dropped. A sample without sound or captions keeps its place, with zeros and
+    a False mask.
+
+    Of every training batch rank r of W yields rows [r B / W, (r + 1) B / W); of an evaluation it yields the samples
+    [r N / W, (r + 1) N / W), each once. Every rank counts and checks the bad samples of its own rows.
 
     Args:
-        samples: from read_manifest.
+        samples: from read_manifest; of several sources from join_sources.
         config: see DataConfig.
         vocabulary: turns captions into ids; None: batches without text.
+        sizes: samples of each source, where `config.weights` mixes them.
         seed: of the order and of the augmentation.
         train: training or evaluation.
-        batch_size: instead of the config's.
+        batch_size: instead of the config's; over all ranks like that.
+        rank, world: which of how many processes that train together this is.
         quarantine: where faults are named: a .jsonl file, or None for memory alone (`loader.quarantine.entries`).
 
     Raises:
-        ValueError: fewer samples than a batch, or, while iterating, too many bad files (QuarantineError) or a set
-            larger than the cache.
+        ValueError: fewer samples than a batch, ranks that do not divide it, or, while iterating, too many bad files
+            (QuarantineError) or a set larger than the cache.
+        ChildProcessError: while iterating: a decoding process cannot be started.
 
     >>> batches = iter(Loader(read_manifest("train.jsonl"), DataConfig(), vocabulary, seed=0))  # doctest: +SKIP
     """
+
+    decoder = "PyAV"
 
     def __init__(
         self,
@@ -63,29 +75,41 @@ class Loader:
         config: DataConfig,
         vocabulary: Vocabulary | None = None,
         *,
+        sizes: Sequence[int] = (),
         seed: int = 0,
         train: bool = True,
         batch_size: int | None = None,
+        rank: int = 0,
+        world: int = 1,
         quarantine: str | Path | None = None,
     ):
-        self.samples, self.config, self.seed, self.train = samples, config, seed, train
+        self.samples, self.config, self.train = samples, config, train
+        self.rank, self.world = rank, world
         self.batch_size = batch_size or config.batch_size
-        if not samples or (train and len(samples) < self.batch_size):
+        self.order = Order(sizes or [len(samples)], config.weights if train else (), seed=seed)
+        rank_share(self.batch_size, world)
+        if not samples or (train and len(self.order) < self.batch_size):
             expectation = f"fill a batch of {self.batch_size}" if train else "hold a file"
             hint = "Set a smaller data.batch_size." if samples else ""
-            raise ValueError(f"loader: samples must {expectation}, got {len(samples)}. {hint}".rstrip())
-        self.epoch, self.position = 0, 0  # of the next batch
+            raise ValueError(f"loader: samples must {expectation}, got {len(self.order)}. {hint}".rstrip())
+        self.epoch, self.position = 0, 0  # of the next batch, over all ranks
         self.quarantine = Quarantine(quarantine)
         self._has_labels = all(type(sample.label) is int for sample in samples)
         self._reader = ClipReader(config, vocabulary, seed=seed, train=train)
         self._executor: ThreadPoolExecutor | None = None
-        self._fingerprint = hash_of(*(sample.id for sample in samples))
+        self._workers: Workers | None = None
+        self._fingerprint = hash_of(*(sample.id for sample in samples), *self.order.shares)
 
     def __len__(self) -> int:
         """Batches per epoch."""
         if self.train:
-            return len(self.samples) // self.batch_size
-        return -(-len(self.samples) * self.config.num_windows // self.batch_size)
+            return len(self.order) // self.batch_size
+        return sum(1 for _ in self._steps())
+
+    @property
+    def num_dropped(self) -> int:
+        """Samples left out of every training epoch: beyond its last whole batch, or of sources that had more."""
+        return len(self.samples) - len(self) * self.batch_size if self.train else 0
 
     def __enter__(self) -> Loader:
         return self
@@ -94,40 +118,45 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; iterating again starts new ones."""
+        """Stop the threads and processes; iterating again starts new ones."""
         if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            if self._workers is not None:
+                self._workers.close()
+            self._executor.shutdown()
+            self._executor = self._workers = None
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, as numbers; batches made ahead but not taken do not count."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "samples": self._fingerprint}
+        place = {"seed": self.order.seed, "epoch": self.epoch, "position": self.position}
+        return place | {"samples": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where `state_dict` was taken; the next `iter` begins there, with the state's seed.
+        """Go to where `state_dict` was taken, on any number of ranks; the next `iter` begins there, with its seed.
 
         Raises:
-            ValueError: the state belongs to another set of files.
+            ValueError: the state belongs to another set of files, or to other weights of them.
         """
         if state["samples"] != self._fingerprint:
             raise ValueError(
-                f"loader: the manifest must be the one the state was saved with, got other files in its"
-                f" {len(self.samples)} rows. Resume with the same data.train."
+                f"loader: the manifest must be the one the state was saved with, got other files or weights in its"
+                f" {len(self.samples)} rows. Resume with the same data.train and data.weights."
             )
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
-        self._reader.seed = self.seed
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.order.seed = self._reader.seed = state["seed"]
 
     def __iter__(self) -> Iterator[Batch]:
         if self._executor is None:
-            count = self.config.num_threads or os.cpu_count()
+            count = self.config.num_workers or self.config.num_threads or os.cpu_count()
             self._executor = ThreadPoolExecutor(count, "vatt-loader", torch.set_num_threads, (1,))  # of its own thread
-        waiting: deque[tuple[list[Future[_Made]], int, int]] = deque()
-        plan, num_rows = self._plan(), 0
+            self._workers = Workers(self.config, train=self.train) if self.config.num_workers else None
+        waiting: deque[tuple[list[Future[_Made]], Step]] = deque()
+        steps, num_rows = self._steps(), 0
         try:
             while True:
-                for epoch, position, places in islice(plan, self.config.prefetch + 1 - len(waiting)):
-                    futures = [self._executor.submit(self._make, epoch, *place) for place in places]
-                    waiting.append((futures, epoch, position + len(places)))
+                for step in islice(steps, self.config.prefetch + 1 - len(waiting)):
+                    futures = [self._executor.submit(self._make, step.epoch, place) for place in step.places]
+                    waiting.append((futures, step))
                 if not waiting:
                     break
                 rows = self._take(*waiting.popleft())
@@ -135,34 +164,25 @@ class Loader:
                     num_rows += len(rows)
                     yield self._collate(rows)
         finally:
-            for futures, _, _ in waiting:
+            for futures, _ in waiting:
                 for future in futures:
                     future.cancel()
-        if not num_rows:
+        if not num_rows and len(self):
             raise QuarantineError(f"loader: a file of the set must be usable, got none. {self.quarantine.first()}")
 
-    def _plan(self) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-        """(epoch, position, [(position, index of the sample, window), ...]) of each batch from the state on."""
-        if not self.train:
-            windows = self.config.num_windows
-            places = [(p, *divmod(p, windows)) for p in range(len(self.samples) * windows)]
-            for begin in range(0, len(places), self.batch_size):
-                yield 0, begin, places[begin : begin + self.batch_size]
-            return
-        epoch, position = self.epoch, self.position
-        while True:
-            order = torch.randperm(len(self.samples), generator=generator_of(self.seed, epoch)).tolist()
-            while position + self.batch_size <= len(order):
-                yield epoch, position, [(p, order[p], 0) for p in range(position, position + self.batch_size)]
-                position += self.batch_size
-            epoch, position = epoch + 1, 0
+    def _steps(self) -> Iterator[Step]:
+        """What this rank loads, from the state on."""
+        ranks = {"rank": self.rank, "world": self.world}
+        if self.train:
+            return training_steps(self.order, self.batch_size, epoch=self.epoch, position=self.position, **ranks)
+        return evaluation_steps(len(self.samples), self.batch_size, num_windows=self.config.num_windows, **ranks)
 
-    def _take(self, futures: list[Future[_Made]], epoch: int, position: int) -> list[Row]:
+    def _take(self, futures: list[Future[_Made]], step: Step) -> list[Row]:
         """The usable rows of a batch; reports go to the quarantine in the order of the set."""
         made = [future.result() for future in futures]
         for one in made:
             for sample, reason, skipped in one.reports:
-                self.quarantine.add(sample, reason, epoch, skipped=skipped)
+                self.quarantine.add(sample, reason, step.epoch, skipped=skipped)
             bad = sum(skipped for _, _, skipped in one.reports)
             self.quarantine.count(seen=bad + (one.row is not None), bad=bad)
             if self.train:
@@ -171,22 +191,29 @@ class Loader:
                     text = f"one of {MAX_TRIES} samples in a row must be usable, got none"
                     raise QuarantineError(f"loader: {text}. {self.quarantine.first()}")
         if self.train:
-            self.epoch, self.position = epoch, position
+            self.epoch, self.position = step.epoch, step.position
         return [one.row for one in made if one.row is not None]
 
-    def _make(self, epoch: int, position: int, index: int, window: int) -> _Made:
+    def _make(self, epoch: int, place: Place) -> _Made:
         reports: list[tuple[Sample, str, bool]] = []
+        index = place.sample
         for attempt in range(MAX_TRIES if self.train else 1):
             if attempt:
-                index = hash_of(self.seed, epoch, position, attempt) % len(self.samples)
+                index = self.order.substitute(epoch, place.position, attempt)
             sample = self.samples[index]
             try:
-                row = self._reader.row(sample, epoch, window)
+                row = self._row(sample, epoch, place.window)
             except MediaError as error:
                 reports.append((sample, error.reason, True))
                 continue
             return _Made(row, [*reports, (sample, row.note, False)] if row.note else reports)
         return _Made(None, reports)
+
+    def _row(self, sample: Sample, epoch: int, window: int) -> Row:
+        if self._workers is None:
+            return self._reader.row(sample, epoch, window)
+        decoded = self._workers.decode(sample, seed=self.order.seed, epoch=epoch, window=window)
+        return self._reader.worded(sample, decoded)
 
     def _collate(self, rows: list[Row]) -> Batch:
         def stacked(name: str) -> Tensor | None:
@@ -203,3 +230,14 @@ class Loader:
             sample_id=torch.tensor([row.sample.id for row in rows]),
             label=torch.tensor([row.sample.label for row in rows]) if self._has_labels else None,
         )
+
+
+def join_sources(sources: Sequence[Sequence[Sample]]) -> tuple[list[Sample], list[int]]:
+    """Several sets as one, and the number of samples of each; a file that two of them hold has two ids.
+
+    >>> samples, sizes = join_sources([read_manifest("a.jsonl"), read_manifest("b.jsonl")])  # doctest: +SKIP
+    >>> loader = Loader(samples, DataConfig(train=("a", "b"), weights=(1, 1)), sizes=sizes)  # doctest: +SKIP
+    """
+    ids = [[hash_of(one.id, n) if n else one.id for one in source] for n, source in enumerate(sources)]
+    joined = enumerate(zip(chain(*sources), chain(*ids)))
+    return [replace(sample, index=index, id=own) for index, (sample, own) in joined], list(map(len, sources))

@@ -40,11 +40,18 @@ class Caption:
 
 
 class Member(NamedTuple):
-    """A media file as bytes of another: a member of a tar shard, read where it lies."""
+    """A media file as bytes of another: a member of a tar shard, read where it lies.
+
+    `suffix` says what it is, `sha256` (hex) what its bytes are; it has `count` frames or samples, `rate` per second.
+    """
 
     path: Path
     offset: int
     size: int
+    suffix: str
+    sha256: str
+    count: int
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)

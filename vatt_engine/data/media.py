@@ -10,18 +10,34 @@ whole number of frames, so that they stay in step.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vatt_engine.data.streams import DEFAULT_LIMITS, MediaError, MediaLimits, Reach, Source, scaled_size
+from vatt_engine.data.manifest import Member, Sample
+from vatt_engine.data.streams import DEFAULT_LIMITS, ROUNDING, MediaError, MediaLimits, Reach, Source, scaled_size
 
 ESTIMATED = {"mp3", "aac", "ac3", "eac3", "h264", "hevc", "m4v", "mpegvideo"}  # bare streams: FFmpeg guesses a length
+BLOCK_SECONDS = 600  # of sound in memory at a time where it is streamed
+_OF_AUDIO = ("has_audio", "audio_codec", "sample_rate", "audio_end")  # fields of MediaInfo
 
-__all__ = ["Clip", "Media", "MediaError", "MediaInfo", "MediaLimits", "Track", "decode", "decode_clip", "probe"]
+__all__ = [
+    "Clip",
+    "Media",
+    "MediaError",
+    "MediaInfo",
+    "MediaLimits",
+    "Track",
+    "decode",
+    "decode_clip",
+    "open_media",
+    "probe",
+]
 
 
 class MediaInfo(NamedTuple):
@@ -54,6 +70,7 @@ class Clip(NamedTuple):
     start: float
     num_real_frames: int
     num_real_samples: int
+    note: str = ""  # what was odd
 
 
 class Track(NamedTuple):
@@ -65,6 +82,7 @@ class Track(NamedTuple):
     sample_rate: int
     num_frames: int
     num_real_samples: int
+    note: str = ""
 
     @property
     def duration(self) -> float:
@@ -82,7 +100,7 @@ class Track(NamedTuple):
         sample, num_left = (round(n / self.fps * self.sample_rate) for n in (first, period))
         audio = None if self.audio is None else self.audio[sample : sample + min(num_left, num_samples)]
         num_real = 0 if audio is None else min(max(self.num_real_samples - sample, 0), len(audio))
-        return _repeated(video, audio, first / self.fps, num_frames, num_samples, num_real)
+        return _repeated(video, audio, first / self.fps, num_frames, num_samples, num_real, self.note)
 
 
 def probe(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> MediaInfo:
@@ -145,12 +163,24 @@ def decode(
     return Media(path, limits).read_all(fps=fps, sample_rate=sample_rate, short_side=short_side)
 
 
+def open_media(sample: Sample, limits: MediaLimits = DEFAULT_LIMITS) -> Media:
+    """The media of a sample: its file, or its tracks where they lie in a shard; errors as Media.
+
+    >>> open_media(read_samples("shards")[0]).info.duration  # doctest: +SKIP
+    """
+    members = {kind: member for kind in ("video", "audio") if (member := getattr(sample, kind))}
+    return Media(sample.path, limits, members=members, duration=sample.duration)
+
+
 class Media:
     """A media file: `info`, and `read` for its windows. Nothing stays open between calls, so threads may share one.
 
     Args:
         path: the file.
         limits: what it may ask for.
+        members: instead, the tracks of a shard's sample, by "video" and "audio"; `path` then only names it. Second 0 is
+            that of both, and a window begins with the frame on screen at its start.
+        duration: of those, seconds; None: what they say.
 
     Raises:
         MediaError: whatever is wrong with the file, whichever class PyAV raises for it.
@@ -158,13 +188,36 @@ class Media:
     >>> Media("clip.mp4").read_all(fps=10, sample_rate=48_000).duration  # doctest: +SKIP
     """
 
-    def __init__(self, path: str | Path, limits: MediaLimits = DEFAULT_LIMITS):
-        self._source = Source(path, limits)
-        with self._source.faults(), self._source.opened() as (container, streams):
-            starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
-            self._source.zero = float(min(starts, default=0))
-            self.info = self._describe(container, streams)
+    def __init__(
+        self,
+        path: str | Path,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        *,
+        members: Mapping[str, Member] | None = None,
+        duration: float | None = None,
+    ):
+        if members:
+            self._sources = {kind: Source(path, limits, member, kind) for kind, member in members.items()}
+        else:
+            self._sources = dict.fromkeys(("video", "audio"), Source(path, limits))
+        self._source, self._in_shard, self._notes = next(iter(self._sources.values())), bool(members), []
+        infos = {source: self._opened(source) for source in dict.fromkeys(self._sources.values())}
+        self.info = next(iter(infos.values()))
+        if members:
+            if len(infos) == 2:
+                sound = infos[self._sources["audio"]]
+                self.info = self.info._replace(**{name: getattr(sound, name) for name in _OF_AUDIO})
+            seconds = duration or max(info.duration for info in infos.values())
+            self.info = self.info._replace(duration=seconds, video_end=seconds if self.info.has_video else None)
         self._check_limits()
+        if self.info.video_end is not None and self.info.video_end < self.info.duration - 0.5:
+            text = f"last as long as the file, {self.info.duration:.3f} s, got {self.info.video_end:.3f} s"
+            self._notes.append(f"the video must {text}.")
+
+    @property
+    def duration(self) -> float:
+        """Seconds on the common clock."""
+        return self.info.duration
 
     def frames_left(self, start: float, fps: float) -> int:
         """Frames at `fps` from `start` to the end of the file, at least 1."""
@@ -186,17 +239,21 @@ class Media:
             raise ValueError(f"media.read: the window must have counts >= 0 and rates above 0, got {got}.")
         if not 0 <= start < self.info.duration:
             raise self._source.error(f"start must be in [0, {self.info.duration:.3f}) s, got {start}.")
+        if self._in_shard and self.info.fps:
+            last = math.ceil((self.info.duration - ROUNDING) * self.info.fps) - 1
+            start = max(0, min(math.floor((start + ROUNDING) * self.info.fps), last)) / self.info.fps
         period = self.frames_left(start, fps)
         video, audio, num_real, reached = None, None, 0, {}
         with self._source.faults():
             if self.info.has_audio and num_samples:
                 wanted = min(num_samples, round(period / fps * sample_rate))
-                audio, num_real, reached["audio"] = self._source.waveform(start, wanted, sample_rate)
+                audio, num_real, reached["audio"] = self._sources["audio"].waveform(start, wanted, sample_rate)
             if self.info.has_video and num_frames:
                 times = [start + i / fps for i in range(min(num_frames, period))]
-                video, reached["video"] = self._source.frames(times, self.info.fps, short_side)
-            self._check_reached(start, reached)
-        return _repeated(video, audio, start, num_frames, num_samples, num_real)
+                video, reached["video"] = self._sources["video"].frames(times, self.info.fps, short_side)
+            self.check_reached(start, reached)
+        holes = [f"the {kind} must be whole, got a hole in it." for kind, reach in reached.items() if reach.holed]
+        return _repeated(video, audio, start, num_frames, num_samples, num_real, " ".join(self._notes + holes))
 
     def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> Track:
         """The whole file; see decode."""
@@ -205,7 +262,28 @@ class Media:
         clip = self.read(
             0.0, num_frames=count, fps=fps, num_samples=num_samples, sample_rate=sample_rate, short_side=short_side
         )
-        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples)
+        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples, clip.note)
+
+    def pictures(
+        self, start: float, num_frames: int, *, fps: float, short_side: int | None, reached: dict[str, Reach]
+    ) -> Iterator[Tensor]:
+        """What `read` gives as video, one by one [H, W, 3] with even sides; check `reached` at the end."""
+        times = [start + i / fps for i in range(num_frames)]
+        with self._source.faults():
+            yield from self._sources["video"].pictures(times, self.info.fps, short_side, reached, multiple=2)
+
+    def sound(self, start: float, num_samples: int, sample_rate: int, reached: dict[str, Reach]) -> Iterator[Tensor]:
+        """What `read` gives as audio, in pieces [L] up to the last sample of the track; check `reached` at the end."""
+        silent, step = 0, BLOCK_SECONDS * sample_rate
+        with self._source.faults():
+            for begin in range(0, num_samples, step):
+                length = min(step, num_samples - begin)
+                block = self._sources["audio"].waveform(start + begin / sample_rate, length, sample_rate)
+                wave, num_real, reached["audio"] = block
+                if num_real:
+                    yield torch.cat([torch.zeros(silent), wave[:num_real]])
+                    silent = 0
+                silent += length - num_real
 
     def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> int:
         """The memory that `read_all` will need."""
@@ -213,45 +291,13 @@ class Media:
         width, height = scaled_size(self.info.width, self.info.height, short_side)
         return count * width * height * 3 + round(count / fps * sample_rate) * 4 * self.info.has_audio
 
-    def _describe(self, container: Any, streams: dict[str, Any]) -> MediaInfo:
-        ends = {kind: self._promised_end(container, stream) for kind, stream in streams.items()}
-        known = [end for end in ends.values() if end is not None]
-        if len(known) < len(streams) and container.duration is not None:
-            begin = 0 if "matroska" in container.format.name else (container.start_time or 0)
-            known.append((begin + container.duration) / 1e6 - self._source.zero)
-        video, audio = (streams[kind].codec_context if kind in streams else None for kind in ("video", "audio"))
-        rate = streams["video"].average_rate or streams["video"].guessed_rate if video else None
-        return MediaInfo(
-            duration=max(known, default=0) or self._scanned_end(container, streams),
-            has_video=video is not None,
-            has_audio=audio is not None,
-            width=video.width if video else 0,
-            height=video.height if video else 0,
-            fps=float(rate or 0),
-            video_codec=video.codec.name if video else "",
-            audio_codec=audio.codec.name if audio else "",
-            sample_rate=audio.sample_rate if audio else 0,
-            video_end=ends.get("video"),
-            audio_end=ends.get("audio"),
-            end=max(known, default=None) if container.format.name not in ESTIMATED else None,
-        )
-
-    def _promised_end(self, container: Any, stream: Any) -> float | None:
-        """When the container says that a track ends, in seconds on the common clock."""
-        if container.format.name in ESTIMATED:
-            return None
-        if stream.duration is not None:
-            return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - self._source.zero
-        clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's tag
-        return clock and sum(float(clock[i]) * 60 ** (3 - i) for i in (1, 2, 3)) - self._source.zero
-
-    def _scanned_end(self, container: Any, streams: dict[str, Any]) -> float:
-        """The end of a file without a length (a live recording, a pipe), by its packets."""
-        end = 0.04  # a still picture has no time
-        for packet in container.demux(list(streams.values())):
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._source.zero)
-        return end
+    def _opened(self, source: Source) -> MediaInfo:
+        with source.faults(), source.opened() as (container, streams):
+            starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
+            source.zero = 0.0 if source.member else float(min(starts, default=0))
+            if source.zero > 0.1 and "matroska" in container.format.name:  # so it looks where the first cluster is lost
+                self._notes.append(f"the file must begin at second 0, got its first frame at {source.zero:.3f} s.")
+            return _described(source.zero, container, streams)
 
     def _check_limits(self) -> None:
         info, limits = self.info, self._source.limits
@@ -264,7 +310,7 @@ class Media:
             text = f"the file must last at most {limits.max_seconds:g} s, got {info.duration:g} s."
             raise self._source.error(text)
 
-    def _check_reached(self, start: float, reached: dict[str, Reach]) -> None:
+    def check_reached(self, start: float, reached: dict[str, Reach]) -> None:
         """Damaged files often end early without an error: compare what came with what the container promises."""
         for kind, reach in reached.items():
             promise = self.info.video_end if kind == "video" else self.info.audio_end
@@ -275,8 +321,57 @@ class Media:
                 raise self._source.error(f"the {kind} must last {promise:.3f} s as promised, got {text}.")
 
 
+def _described(zero: float, container: Any, streams: dict[str, Any]) -> MediaInfo:
+    ends = {kind: _promised_end(zero, container, stream) for kind, stream in streams.items()}
+    known = [end for end in ends.values() if end is not None]
+    if len(known) < len(streams) and container.duration is not None:
+        begin = 0 if "matroska" in container.format.name else (container.start_time or 0)
+        known.append((begin + container.duration) / 1e6 - zero)
+    video, audio = (streams[kind].codec_context if kind in streams else None for kind in ("video", "audio"))
+    rate = streams["video"].average_rate or streams["video"].guessed_rate if video else None
+    return MediaInfo(
+        duration=max(known, default=0) or _scanned_end(zero, container, streams),
+        has_video=video is not None,
+        has_audio=audio is not None,
+        width=video.width if video else 0,
+        height=video.height if video else 0,
+        fps=float(rate or 0),
+        video_codec=video.codec.name if video else "",
+        audio_codec=audio.codec.name if audio else "",
+        sample_rate=audio.sample_rate if audio else 0,
+        video_end=ends.get("video"),
+        audio_end=ends.get("audio"),
+        end=max(known, default=None) if container.format.name not in ESTIMATED else None,
+    )
+
+
+def _promised_end(zero: float, container: Any, stream: Any) -> float | None:
+    """When the container says that a track ends, in seconds on the common clock."""
+    if container.format.name in ESTIMATED:
+        return None
+    if stream.duration is not None:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - zero
+    clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's tag
+    return clock and sum(float(clock[i]) * 60 ** (3 - i) for i in (1, 2, 3)) - zero
+
+
+def _scanned_end(zero: float, container: Any, streams: dict[str, Any]) -> float:
+    """The end of a file without a length (a live recording, a pipe), by its packets."""
+    end = 0.04  # a still picture has no time
+    for packet in container.demux(list(streams.values())):
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
+    return end
+
+
 def _repeated(
-    video: Tensor | None, audio: Tensor | None, start: float, num_frames: int, num_samples: int, num_real_samples: int
+    video: Tensor | None,
+    audio: Tensor | None,
+    start: float,
+    num_frames: int,
+    num_samples: int,
+    num_real_samples: int,
+    note: str,
 ) -> Clip:
     """The clip of the given length that repeats what is there."""
     num_real_frames = 0 if video is None else len(video)
@@ -284,4 +379,4 @@ def _repeated(
         video = video[torch.arange(num_frames) % len(video)]
     if audio is not None and len(audio) < num_samples:
         audio = audio[torch.arange(num_samples) % len(audio)]
-    return Clip(video, audio, start, num_real_frames, num_real_samples)
+    return Clip(video, audio, start, num_real_frames, num_real_samples, note)

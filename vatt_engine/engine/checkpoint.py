@@ -7,6 +7,10 @@
 
 Write order: step-N.tmp/ -> fsync each file -> COMMIT -> fsync folder -> rename to step-N/ -> fsync parent. A step is
 never written over, nothing is unpickled, and the newest folder whose COMMIT verifies is the one that is loaded.
+
+On several ranks each writes its share of the tensors, whole ones, to `<name>.rank-1-of-4.safetensors` of one folder
+that all of them see; rank 0 commits when every rank has said that its files are on the disk. Any number of ranks loads
+it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from vatt_engine.engine.peers import Meeting
 
 FORMAT = "vatt_engine checkpoint 1"
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -51,6 +57,7 @@ def save(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    meeting: Meeting | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the `keep` newest.
 
@@ -60,49 +67,96 @@ def save(
         tensors: groups of named tensors, any device and dtype; shared or strided storage is written out in full.
         state: JSON values.
         keep: how many checkpoints stay, at least 2 so that a damaged newest one leaves another.
+        meeting: of the ranks, all of which then call this, each with its `share` of the tensors; None: one process.
 
     Returns:
         The folder. A valid checkpoint of the same step is left as it is; a damaged one is put aside as `*.damaged`.
 
     Raises:
-        OSError: the disk is full, not writable, or broken; older checkpoints are then untouched.
+        OSError: the disk is full, not writable, or broken, for any rank; older checkpoints are then untouched.
 
     >>> save("run", 500, {"model": {"weight": torch.ones(2)}}, {"seed": 0}).name
     'step-00000500'
     """
+    folder = Path(run_dir) / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    if final.exists() and _damage(final) is None:
+        return final
+    rank, mark, suffix = 0, "", ""
+    if meeting is not None:
+        rank, mark, suffix = meeting.rank, f".{meeting.name}", f".rank-{meeting.rank}-of-{meeting.size}"
+    partial = folder / f"{final.name}{mark}.tmp"
+    try:
+        if rank == 0:
+            if final.exists():
+                _put_aside(final)
+            for stale in folder.glob("*.tmp"):  # what processes that died had begun
+                if meeting is None or stale != partial:
+                    shutil.rmtree(stale)
+        partial.mkdir(parents=True, exist_ok=True)
+        files = _write(partial, tensors, state if rank == 0 else None, suffix)
+        if meeting is None:
+            _commit(partial, final, files, step, keep)
+        else:
+            meeting.conclude(files, lambda parts: _commit(partial, final, parts, step, keep))
+    except OSError as error:
+        if meeting is not None:
+            meeting.fail(str(error))
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
+        raise
+    return final
+
+
+def share(tensors: Mapping[str, Mapping[str, Tensor]], rank: int, size: int) -> dict[str, dict[str, Tensor]]:
+    """The tensors that one of `size` ranks writes: all groups, each tensor on exactly one rank, bytes about equal.
+
+    >>> share({"model": {"a": torch.ones(4), "b": torch.ones(1), "c": torch.ones(2)}}, 1, 2)
+    {'model': {'b': tensor([1.]), 'c': tensor([1., 1.])}}
+    """
+    places = [(group, name) for group, values in tensors.items() for name in values]
+    places.sort(key=lambda place: (-tensors[place[0]][place[1]].nbytes, place))
+    loads, owner = [0] * size, {}
+    for group, name in places:
+        owner[group, name] = loads.index(min(loads))
+        loads[owner[group, name]] += tensors[group][name].nbytes
+    return {
+        group: {name: value for name, value in values.items() if owner[group, name] == rank}
+        for group, values in tensors.items()
+    }
+
+
+def _write(
+    partial: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any] | None, suffix: str
+) -> dict[str, dict[str, Any]]:
+    """The files of one rank, on the disk when this returns, with their sizes and SHA-256."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = Path(run_dir) / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    if final.exists():
-        if _damage(final) is None:
-            return final
-        _put_aside(final)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.tmp"):
-        shutil.rmtree(stale)
-    partial = folder / f"{final.name}.tmp"
-    partial.mkdir()
+    paths = []
     for name, group in tensors.items():
+        paths.append(partial / f"{name}{suffix}.safetensors")
         try:
-            save_file(_unshared(group), partial / f"{name}.safetensors", metadata={"format": "pt"})
+            save_file(_unshared(group), paths[-1], metadata={"format": "pt"})
         except SafetensorError as error:  # what the library makes of a full disk
-            raise OSError(f"{partial}: {name}.safetensors must fit on the disk, got an error: {error}.") from error
-    (partial / "state.json").write_text(json.dumps(dict(state), allow_nan=False, sort_keys=True) + "\n")
-    files = {}
-    for path in sorted(partial.iterdir()):
+            raise OSError(f"{partial}: {paths[-1].name} must fit on the disk, got an error: {error}.") from error
+    if state is not None:
+        paths.append(partial / "state.json")
+        paths[-1].write_text(json.dumps(dict(state), allow_nan=False, sort_keys=True) + "\n")
+    for path in paths:
         _sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+
+
+def _commit(partial: Path, final: Path, files: Mapping[str, Any], step: int, keep: int) -> None:
     (partial / "COMMIT").write_text(_canonical({"format": FORMAT, "step": step, "files": files}))
     _sync(partial / "COMMIT")
     _sync(partial)
     os.rename(partial, final)
-    _sync(folder)
-    for old in _steps(folder)[max(keep, 2) :]:
-        os.rename(old, folder / f"{old.name}.tmp")  # a kill inside rmtree then leaves a .tmp, not a damaged step
-        shutil.rmtree(folder / f"{old.name}.tmp")
-    return final
+    _sync(final.parent)
+    for old in _steps(final.parent)[max(keep, 2) :]:
+        os.rename(old, old.with_name(f"{old.name}.tmp"))  # a kill inside rmtree then leaves a .tmp, not a damaged step
+        shutil.rmtree(old.with_name(f"{old.name}.tmp"))
 
 
 def load_latest(run_dir: str | Path, *, device: str = "cpu") -> Checkpoint:
@@ -115,8 +169,6 @@ def load_latest(run_dir: str | Path, *, device: str = "cpu") -> Checkpoint:
     >>> load_latest("run").tensors["model"]["weight"]
     tensor([1., 1.])
     """
-    from safetensors.torch import load_file
-
     folder = Path(run_dir) / "checkpoints"
     if not Path(run_dir).is_dir():
         raise CheckpointError(f"{run_dir}: the run folder must exist, got no such folder.")
@@ -124,11 +176,32 @@ def load_latest(run_dir: str | Path, *, device: str = "cpu") -> Checkpoint:
     for path in _steps(folder):
         reason = _damage(path)
         if reason is None:
-            tensors = {file.stem: load_file(file, device=device) for file in sorted(path.glob("*.safetensors"))}
-            state = json.loads((path / "state.json").read_bytes())
-            return Checkpoint(int(path.name[len("step-") :]), path, tensors, state, tuple(skipped))
+            try:
+                return Checkpoint(int(path.name[len("step-") :]), path, *_read(path, device), tuple(skipped))
+            except ValueError as error:
+                reason = str(error)
         skipped.append(f"{path}: skipped, {reason}")
     raise CheckpointError(" ".join([f"{folder}: the run must have at least one valid checkpoint, got none.", *skipped]))
+
+
+def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is not intact safetensors.
+        OSError: it cannot be read.
+
+    >>> read_tensors("model.safetensors")  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, KeyError, MemoryError) as error:
+        raise CheckpointError(
+            f"{path}: the file must be intact safetensors, got {error or 'one too large'}."
+        ) from error
 
 
 def has_checkpoint(run_dir: str | Path) -> bool:
@@ -140,6 +213,20 @@ def _steps(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first; .tmp and .damaged folders are not finished ones."""
     found = [path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[len("step-") :]), reverse=True)
+
+
+def _read(path: Path, device: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The groups of tensors, whole whatever number of ranks wrote them, and the JSON state."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        group, part = groups.setdefault(file.name.partition(".")[0], {}), read_tensors(file, device=device)
+        if twice := sorted(group.keys() & part.keys()):
+            raise CheckpointError(f"{file.name} must hold tensors that no other file has, got {twice[0]} again.")
+        group.update(part)
+    try:
+        return groups, json.loads((path / "state.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"state.json must be JSON, got {type(error).__name__}.") from error
 
 
 def _damage(path: Path) -> str | None:

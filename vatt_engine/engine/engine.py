@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
+import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,11 +13,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine import checkpoint
 from vatt_engine.engine.faults import TrainingStopped
-from vatt_engine.engine.logging import versions
-from vatt_engine.engine.optim import OptimConfig, build_optimizer, clip_by_global_norm
+from vatt_engine.engine.logging import versions, write_text
+from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
+from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
+from vatt_engine.engine.strategies import DDP, Single, Trained, trainable
+from vatt_engine.engine.strategies_zero import Zero
+from vatt_engine.engine.writer import CheckpointWriter
+
+STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
+PARTS_FILE = "accumulate"  # in the run folder, where memory has run out: the parts that go on
+ZERO_FROM = 300_000_000  # trainable parameters from which "auto" is ZeRO-2: vatt_lbs and vatt_ma_large are above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,28 +35,45 @@ class EngineConfig:
 
     Args:
         steps: optimizer steps of the whole run.
-        accumulate: micro-batches per step. Their gradients are averaged, so the negatives of a contrastive loss are
-            those of one micro-batch.
+        accumulate: parts of a rank's share of the batch that go through the backbones one after the other, for memory;
+            heads, BatchNorm and loss see the whole batch, so the negatives of a contrastive loss stay the same.
+        strategy: "single", "ddp", "zero1", "zero2" or "zero3" (DeepSpeed); "auto" is single on one process and on
+            several ddp, or zero2 from 300 million trainable parameters.
+        offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
+        checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
+        compile: torch.compile of the backbones; not with zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32).
+        halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
+            several ranks after a restart, which torchrun does), instead of stopping.
         max_skipped: steps in a row that may be skipped for a loss or gradient that is not finite.
         log_every: steps per record in metrics.jsonl and per progress line.
         save_every: steps per checkpoint; the last step is always saved.
         keep_checkpoints: how many newest checkpoints stay.
         seed: of the weights, DropToken, dropout and the order of the data.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        spike_factor: a loss of this many times the median of the last 100 steps brings the run back to its newest
+            checkpoint, and the data since then is skipped; 0 never does.
         tensorboard: write TensorBoard records too.
+        wandb: log to Weights & Biases too.
     """
 
     steps: int = 500_000
     accumulate: int = 1
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    offload: bool = False
+    checkpoint_activations: bool = False
+    compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    halve_on_oom: bool = False
     max_skipped: int = 20
     log_every: int = 50
     save_every: int = 10_000
     keep_checkpoints: int = 3
     seed: int = 0
     device: str = "auto"
+    spike_factor: float = 0.0
     tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "max_skipped": 1, "log_every": 1, "save_every": 1, "keep_checkpoints": 2}
@@ -56,31 +82,43 @@ class EngineConfig:
                 raise ValueError(f"EngineConfig: {name} must be at least {bound}, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
+        if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
+            raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"EngineConfig: precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"EngineConfig: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
+        if self.offload and self.strategy not in ("zero2", "zero3"):
+            raise ValueError(f"EngineConfig: offload must be false with strategy {self.strategy}, got True.")
+        if self.compile and self.strategy == "zero3":
+            hint = "Its parameters come and go between the layers."
+            raise ValueError(f"EngineConfig: compile must be false with strategy zero3, got True. {hint}")
 
     def torch_device(self) -> torch.device:
-        """The device to train on.
+        """The device to train on; of several GPUs the one of this process's LOCAL_RANK, as launchers set it.
 
         Raises:
             ValueError: the name means nothing, or the GPU is not there.
         """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "RANK" in os.environ:
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            device = torch.device(self.device)
+            device = torch.device(name)
         except RuntimeError:
             device = None
         if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
             raise ValueError(f"engine: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            here = f"{self.device!r} where there are {torch.cuda.device_count()}"
+            here = f"{name!r} where there are {torch.cuda.device_count()}"
             raise ValueError(f"engine: device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
         return device
 
 
 class StepOutput(NamedTuple):
-    """What one step did. `step` counts finished steps; `terms` are the loss's fields, averaged over micro-batches."""
+    """What one step did. `step` counts finished steps; `terms` are the loss's fields, as this rank has them."""
 
     step: int
     terms: dict[str, Tensor]
@@ -90,28 +128,39 @@ class StepOutput(NamedTuple):
 
 
 class Engine:
-    """Trains a module with a loss: micro-batches in, one optimizer step out; saves and resumes bit for bit.
+    """Trains a module with a loss: this rank's share of a batch in, one optimizer step out; saves and resumes.
 
-        loss = mean_m loss(module(batch_m, seed=s_m), batch_m),  s_m = hash(config.seed, step, m)
+        loss = loss(module(batch, seed=s), batch),  s = hash(config.seed, step)
 
-    The global random state is set from s_m before each micro-batch, so dropout too depends on (seed, step, m) alone.
-    A step whose loss or gradient is not finite is skipped: weights, optimizer and buffers stay as they were, the step
-    counts. (The official run sets such gradient entries to 0 and steps.)
+    The gradient is the mean over ranks. With `accumulate` > 1 the backbones run part by part:
+
+        f_c = features(part c, seed=s), without graph;   t = loss(heads(f), batch);   g = dt/df
+        then for each part again, with its graph:  d<f_c, g_c>
+
+    which is the same gradient. The global random state is set from hash(config.seed, step, c, rank) before part c, each
+    of the two times, so dropout depends on that alone.
+
+    A step whose gradient is not finite on any rank is skipped on all: weights, optimizer and buffers stay as they were,
+    the step counts. (The official run sets such gradient entries to 0 and steps.) A loss that is not finite counts as
+    such a gradient.
 
     Args:
-        module: called as `module(batch, seed=int)`.
+        module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
+            then may change buffers of the heads only.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
-        config: steps, accumulation, precision.
+        config: steps, accumulation, strategy, precision.
         optim: optimizer settings.
         schedule: learning rate by step.
         run_dir: where `save` and `resume` put and find `checkpoints/`.
 
     Raises:
-        ValueError: a parameter has 0 dimensions (DeepSpeed cannot partition one), or nothing is trainable.
+        ValueError: a parameter has 0 dimensions (DeepSpeed cannot partition one), nothing is trainable, the module
+            cannot be run in parts, or the strategy does not fit the number of processes.
 
     >>> engine = Engine(model, loss, EngineConfig(steps=600), OptimConfig(), ScheduleConfig())  # doctest: +SKIP
-    >>> engine.step([batch]).terms["total"]  # doctest: +SKIP
+    >>> engine.step(batch).terms["total"]  # doctest: +SKIP
     """
 
     def __init__(
@@ -124,61 +173,114 @@ class Engine:
         *,
         run_dir: str | Path | None = None,
     ):
-        self.config, self.schedule, self.run_dir = config, schedule, run_dir
-        self.peak, self.clip_norm = optim.lr, optim.clip_norm
+        self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
+        self.writer = CheckpointWriter(keep=config.keep_checkpoints)
+        self.parts = config.accumulate
+        if config.halve_on_oom and run_dir is not None and (path := Path(run_dir) / PARTS_FILE).is_file():
+            self.parts = max(self.parts, int(path.read_text()))
         self.device = config.torch_device()
-        self.module = module.to(self.device).train()
-        self.loss = loss.to(self.device).train() if isinstance(loss, nn.Module) else loss
-        self.modules = {"model": self.module, **({"loss": self.loss} if isinstance(loss, nn.Module) else {})}
-        self.parameters = _trainable(self.modules)
-        self.optimizer = build_optimizer(self.parameters.items(), optim)
+        self.module, self.loss = module, loss
+        self.trained = Trained(module, loss, autocast=config.precision == "bf16", compiled=config.compile)
+        self.trained.to(self.device).train()
+        if config.accumulate > 1 and not self.trained.splits:
+            wanted = "have features and heads to accumulate"
+            raise ValueError(
+                f"Engine: module must {wanted}, got a {type(module).__name__}. Set engine.accumulate to 1."
+            )
+        if config.checkpoint_activations:
+            _checkpoint_activations(module)
+        self.strategy_name = _strategy_name(self.trained, config)
+        self.strategy = _strategy(self.strategy_name, self.trained, config, optim)
         self.finished = 0  # steps
         self.skipped = 0  # of them, in the whole run
         self.skipped_in_a_row = 0
 
-    def step(self, batches: Sequence[Any]) -> StepOutput:
-        """One optimizer step on the mean loss of `batches`, one after the other.
+    def step(self, batch: Any) -> StepOutput:
+        """One optimizer step on this rank's share of a batch.
+
+        Args:
+            batch: has `to(device)`, `len` and, for accumulation, `split(num_parts)`; of equal size on all ranks.
 
         Raises:
-            ValueError: no batches.
+            ValueError: the batch is empty.
             TrainingStopped: `config.max_skipped` steps in a row were skipped.
         """
-        if not batches:
-            raise ValueError("Engine.step: batches must hold at least one micro-batch, got none.")
+        if not len(batch):
+            raise ValueError("Engine.step: batch must hold at least one row, got none.")
         lr = learning_rate(self.finished, self.schedule, self.peak)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        before = [(buffer, buffer.clone()) for module in self.modules.values() for buffer in module.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            for name, value in self._backward(batch.to(self.device), index, len(batches)).items():
-                terms[name] = terms[name] + value if name in terms else value
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = clip_by_global_norm(gradients, self.clip_norm) if self.clip_norm else nn.utils.get_total_norm(gradients)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(terms["total"]))  # the one wait for the device
-        if finite:
-            self.optimizer.step()
-        else:
+        self.strategy.begin(lr)
+        before = [(buffer, buffer.clone()) for buffer in self.trained.buffers()]
+        batch = batch.to(self.device)
+        while True:
+            try:
+                terms = self._backward(batch)
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve(len(batch), error)
             for buffer, value in before:
                 buffer.copy_(value)
-        self._count(finite, terms)
-        return StepOutput(self.finished, terms, norm, lr, not finite)
+            self.strategy.begin(lr)
+        norm, taken = self.strategy.update()
+        if not taken:
+            for buffer, value in before:
+                buffer.copy_(value)
+        self._count(taken, terms)
+        return StepOutput(self.finished, terms, norm, lr, not taken)
 
-    def _backward(self, batch: Any, index: int, count: int) -> dict[str, Tensor]:
-        """Gradients of one micro-batch's share of the loss, added up; returns its terms' shares."""
-        seed = derive_seed(self.config.seed, self.finished, index)
-        torch.manual_seed(seed)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            outputs = self.module(batch, seed=seed)
-        terms = self.loss(outputs, batch)
-        (terms.total / count).backward()
-        return {name: value.detach() / count for name, value in terms._asdict().items() if value is not None}
+    def _backward(self, batch: Any) -> dict[str, Tensor]:
+        """Gradients of the loss; returns its terms."""
+        seed: int | Tensor = derive_seed(self.config.seed, self.finished)
+        if self.config.compile:
+            seed = torch.tensor(seed, device=self.device)  # a number would be compiled in
+        parts = min(self.parts, len(batch))
+        if parts > 1:
+            terms = self._backward_in_parts(batch, batch.split(parts), seed)
+        else:
+            self._set_random(0)
+            terms = self.strategy.run("whole", batch, seed)
+            self.strategy.backward(_or_nan(terms.total), last=True)
+        return {name: value.detach() for name, value in terms._asdict().items() if value is not None}
 
-    def _count(self, finite: bool, terms: Mapping[str, Tensor]) -> None:
+    def _backward_in_parts(self, batch: Any, parts: list[Any], seed: int | Tensor) -> Any:
+        computed: list[dict[str, Tensor]] = []
+        with torch.no_grad():
+            for index, part in enumerate(parts):
+                self._set_random(index)
+                features = self.strategy.run("features", part, seed)
+                computed.append({name: x for name, x in features.items() if x is not None})
+        whole = {name: torch.cat([c[name] for c in computed]).requires_grad_() for name in computed[0]}
+        self._set_random(len(parts))
+        terms = self.strategy.run("terms", dict.fromkeys(features) | whole, batch)
+        self.strategy.backward(_or_nan(terms.total), last=False)
+        used = {name: x.grad for name, x in whole.items() if x.grad is not None}
+        gradients = {name: grad.split([len(c[name]) for c in computed]) for name, grad in used.items()}
+        for index, part in enumerate(parts):
+            self._set_random(index)
+            features = self.strategy.run("features", part, seed)
+            products = [(features[name].float() * g[index].float()).sum() for name, g in gradients.items()]
+            self.strategy.backward(torch.stack(products).sum(), last=index == len(parts) - 1)
+        return terms
+
+    def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> None:
+        """Twice as many parts from here on, or, where ranks are in the midst of a collective, from the restart on."""
+        if not self.config.halve_on_oom or self.run_dir is None or not self.trained.splits or self.parts >= num_rows:
+            raise error
+        self.parts *= 2
+        text = f"step {self.finished + 1}: out of memory; from here on the batch goes through in {self.parts} parts"
+        write_text(self._folder() / PARTS_FILE, f"{self.parts}\n")
+        if world_size() > 1:
+            raise TrainingStopped(f"rank {rank()}: {text}, after a restart with --resume.") from error
+        print(text, file=sys.stderr)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _set_random(self, part: int) -> None:
+        torch.manual_seed(derive_seed(self.config.seed, self.finished, part, rank()))
+
+    def _count(self, taken: bool, terms: Mapping[str, Tensor]) -> None:
         self.finished += 1
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.config.max_skipped:
             shown = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
             raise TrainingStopped(
@@ -188,20 +290,22 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, **extra: Any) -> Path:
-        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`."""
-        tensors = {name: module.state_dict() for name, module in self.modules.items() if module.state_dict()}
-        moments, scalars = self._optimizer_state()
+    def save(self, *, wait: bool = True, **extra: Any) -> Path | None:
+        """Write a checkpoint of this moment; `extra` (JSON values: loader state, config) comes back from `resume`.
+
+        All ranks call it, each writes its share.
+
+        Returns:
+            Its folder, or None with `wait=False`: it is written in the background, and `writer.news()` tells the rest.
+
+        Raises:
+            OSError: with `wait`, it could not be written; older checkpoints are intact.
+        """
+        tensors = self.strategy.export_state()
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
-        state = {
-            **counters,
-            "optimizer": scalars,
-            "random": random_state(),
-            "versions": versions("vatt_engine", "torch"),
-            "extra": extra,
-        }
-        tensors["optimizer"] = moments
-        return checkpoint.save(self._folder(), self.finished, tensors, state, keep=self.config.keep_checkpoints)
+        state = {**counters, "random": random_state(), "versions": versions("vatt_engine", "torch"), "extra": extra}
+        self.writer.save(self._folder(), self.finished, tensors, state)
+        return self.writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:
         """Continue from the newest valid checkpoint of the run folder; what `save` was given is in `.state["extra"]`.
@@ -209,11 +313,10 @@ class Engine:
         Raises:
             CheckpointError: there is none, or it belongs to another model or optimizer.
         """
+        self.writer.join()
         found = checkpoint.load_latest(self._folder())
         try:
-            for name, module in self.modules.items():
-                module.load_state_dict(found.tensors.get(name, {}), strict=True)
-            self._load_optimizer(found.tensors["optimizer"], found.state["optimizer"])
+            self.strategy.import_state(found.tensors)
             for name in ("finished", "skipped", "skipped_in_a_row"):
                 setattr(self, name, int(found.state[name]))
             set_random_state(found.state["random"])
@@ -229,85 +332,35 @@ class Engine:
             raise ValueError("Engine: run_dir must be given to save or resume, got None.")
         return Path(self.run_dir)
 
-    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Moments by `<parameter>/<moment>`, and what is not a tensor."""
-        tensors, scalars = {}, {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                (tensors if isinstance(value, Tensor) else scalars)[f"{name}/{key}"] = value
-        return tensors, scalars
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self.optimizer.state.clear()
-        for full, value in {**tensors, **scalars}.items():
-            name, _, key = full.rpartition("/")
-            parameter = self.parameters[name]
-            if key not in self.optimizer.state_names:
-                raise ValueError(f"{full}, which is no state of {type(self.optimizer).__name__}")
-            if isinstance(value, Tensor):
-                if value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"{full} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-                value = value.clone() if value.ndim == 0 else value.to(self.device, copy=True)
-            self.optimizer.state[parameter][key] = value
+def _strategy_name(trained: Trained, config: EngineConfig) -> str:
+    """The one to use: "auto" decided, "ddp" of one process is "single"."""
+    if config.strategy == "single" and world_size() > 1:
+        raise ValueError(f"engine: strategy must share the work of {world_size()} processes, got single.")
+    if config.strategy.startswith("zero"):
+        return config.strategy
+    if world_size() == 1:
+        return "single"
+    many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
+    return "zero2" if config.strategy == "auto" and many else "ddp"
 
 
-def derive_seed(*parts: int) -> int:
-    """A 48-bit seed that is a function of integers alone, the same on every machine.
-
-    >>> derive_seed(0, 1) == derive_seed(0, 1) != derive_seed(1, 0)
-    True
-    """
-    digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little") for part in parts), digest_size=6).digest()
-    return int.from_bytes(digest, "little")
+def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
+    if name.startswith("zero"):
+        return Zero(trained, optim, stage=int(name[-1]), offload=config.offload)
+    return DDP(trained, optim) if name == "ddp" else Single(trained, optim)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of Python's, torch's and (where it is loaded) NumPy's global generators, as JSON values."""
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(words), gauss], "torch": _hex(torch.get_rng_state())}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = [_hex(one) for one in torch.cuda.get_rng_state_all()]
-    if "numpy" in sys.modules:
-        name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, keys.tolist(), position, has_gauss, cached]
-    return state
+def _checkpoint_activations(module: nn.Module) -> None:
+    """Ask every part that can."""
+    able = [part for part in module.modules() if hasattr(part, "checkpoint_activations")]
+    if not able:
+        wanted = "have a part that can checkpoint its activations"
+        raise ValueError(f"Engine: module must {wanted}, got none. Set engine.checkpoint_activations to false.")
+    for part in able:
+        part.checkpoint_activations = True
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Undo of `random_state`; generators of GPUs that are not here are left out."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(_unhex(state["torch"]))
-    for index, one in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_unhex(one), index)
-    if "numpy" in state:
-        import numpy as np
-
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-def _hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _unhex(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _trainable(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Trainable parameters by `<group>.<name>`; a shared one once."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for group, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 0:
-                raise ValueError(
-                    f"Engine: {group}.{name} must have at least one dimension, got shape (). Use shape (1,)."
-                )
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{group}.{name}"] = parameter
-    if not found:
-        raise ValueError("Engine: module must have a trainable parameter, got none.")
-    return found
+def _or_nan(total: Tensor) -> Tensor:
+    """A loss that is not finite gets gradients that are not either, which every rank then sees and skips."""
+    return total * torch.where(total.detach().isfinite(), 1.0, torch.nan)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
+MONITORS = re.compile(r"seconds|temperature|_(std|rank|mb)$")  # in metrics.jsonl, too many for the progress line
 PACKAGES = ("vatt_engine", "torch", "triton", "numpy", "av", "tokenizers", "safetensors", "tyro", "PyYAML")
 
 
@@ -28,6 +31,9 @@ class RunLog:
         total_steps: length of the run, for the percentage and the time left.
         resume_step: step the run continues from; records of later steps, of a process that died, are dropped.
         tensorboard: write `run_dir/tb` too; needs the tensorboard package.
+        wandb: log to Weights & Biases too, under the run folder's name; needs the wandb package.
+        flops_per_clip, peak_flops: FLOPs of a training step per clip, and of the device per second; with both there is
+            `mfu`, the share of the device's FLOPs that the model uses.
         stream: where the progress line goes; rewritten in place on a terminal, else one line per record.
 
     >>> with RunLog("run", total_steps=100) as log:
@@ -43,11 +49,16 @@ class RunLog:
         *,
         resume_step: int = 0,
         tensorboard: bool = False,
+        wandb: bool = False,
+        flops_per_clip: float = 0.0,
+        peak_flops: float = 0.0,
         stream: TextIO | None = None,
     ):
         self.run_dir, self.total_steps, self.stream = Path(run_dir), total_steps, stream or sys.stdout
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.board = _summary_writer(self.run_dir / "tb", resume_step) if tensorboard else None
+        self.flops_per_clip, self.peak_flops = flops_per_clip, peak_flops
+        self.sinks = [_TensorBoard(self.run_dir / "tb", resume_step)] if tensorboard else []
+        self.sinks += [_WandB(self.run_dir)] if wandb else []
         path = self.run_dir / "metrics.jsonl"
         if path.exists():
             _drop_after(path, resume_step)
@@ -65,26 +76,39 @@ class RunLog:
     def write(self, step: int, values: Mapping[str, float], *, clips: int) -> dict[str, Any]:
         """Record `values` after `step` steps; `clips` were trained on since the last record.
 
-        Adds step, clips_per_second, eta_seconds and seconds; a value that is not finite is written as null.
+        Adds step, clips_per_second, mfu, eta_seconds and seconds; a value that is not finite is written as null.
         """
         now = time.perf_counter()
         record: dict[str, Any] = {"step": step, **values}
         record["clips_per_second"] = clips / max(now - self.last, 1e-9)
+        if self.flops_per_clip and self.peak_flops:
+            record["mfu"] = record["clips_per_second"] * self.flops_per_clip / self.peak_flops
         record["eta_seconds"] = (now - self.start) / max(step - self.first_step, 1) * (self.total_steps - step)
         record["seconds"] = now - self.start
         self.last, self.last_step = now, step
         plain = {key: _finite(value) for key, value in record.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
-        if self.board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self.board.add_scalar(key, value, step)
+        for sink in self.sinks:
+            sink.write(step, {key: value for key, value in record.items() if key != "step"})
         self.progress(step, values, record)
         return record
 
+    def event(self, step: int, what: str, **details: Any) -> None:
+        """Record something that happened, a line of JSON in events.jsonl, and say so."""
+        with (self.run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "event": what, **details}) + "\n")
+        self.say(f"step {step}: {what}" + "".join(f", {key} {value}" for key, value in details.items()))
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`, from which the run goes on again."""
+        self.file.close()
+        _drop_after(self.run_dir / "metrics.jsonl", step)
+        self.file = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+
     def progress(self, step: int, values: Mapping[str, float], record: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if value and "seconds" not in key)
+        told = {key: value for key, value in values.items() if value and not MONITORS.search(key)}
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in told.items())
         minutes, seconds = divmod(round(record["eta_seconds"]), 60)
         speed = f"{record['clips_per_second']:.1f} clips/s"
         line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"
@@ -110,8 +134,70 @@ class RunLog:
         if self.width:
             self._put("\n")
         self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(_missing("tensorboard")) from error
+        self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class _WandB:
+    def __init__(self, run_dir: Path):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(_missing("wandb")) from error
+        path = run_dir / "wandb_id"  # a resumed run goes on in the same curves
+        if not path.exists():
+            write_text(path, secrets.token_hex(4))
+        self.run = wandb.init(
+            project="vatt_engine", name=run_dir.name, dir=run_dir, id=path.read_text(), resume="allow"
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _missing(package: str) -> str:
+    return f"engine.{package}: {package} must be installed, got no such package. Run `pip install {package}`."
+
+
+class NoLog:
+    """Stands for `RunLog` on the ranks that have nothing to say, all but the first."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float], *, clips: int) -> None:
+        pass
+
+    def event(self, step: int, what: str, **details: Any) -> None:
+        pass
+
+    def go_back(self, step: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -175,13 +261,3 @@ def _drop_after(path: Path, step: int) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "engine.tensorboard: tensorboard must be installed, got no such package. Run `pip install tensorboard`."
-        ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

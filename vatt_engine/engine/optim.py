@@ -96,12 +96,14 @@ class KerasAdam(torch.optim.Adam):
         taken = max((int(self.state[p]["step"]) for p in group["params"] if self.state[p]), default=0)
         for parameter in group["params"]:
             if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.tensor(float(taken)),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
+                self.state[parameter] = self.first_state(parameter, taken)
         return taken
+
+    @staticmethod
+    def first_state(parameter: Tensor, taken: int = 0) -> dict[str, Tensor]:
+        """What a parameter's state is after `taken` steps without a gradient."""
+        moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.tensor(float(taken)), **moments}
 
 
 class KerasSGD(torch.optim.Optimizer):
@@ -131,7 +133,7 @@ class KerasSGD(torch.optim.Optimizer):
                 continue
             for weight in weights:
                 if not self.state[weight]:
-                    self.state[weight]["velocity"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+                    self.state[weight] = self.first_state(weight)
             velocities = [self.state[weight]["velocity"] for weight in weights]
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -140,8 +142,15 @@ class KerasSGD(torch.optim.Optimizer):
             torch._foreach_add_(weights, velocities)
         return loss
 
+    @staticmethod
+    def first_state(parameter: Tensor) -> dict[str, Tensor]:
+        """What a parameter's state is before its first gradient."""
+        return {"velocity": torch.zeros_like(parameter, requires_grad=False)}
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig, *, on_cpu: bool | None = None
+) -> torch.optim.Optimizer:
     """The configured optimiser over the parameters that require a gradient, at the peak learning rate.
 
     The engine writes the schedule's rate into `group["lr"]` before each step. Groups carry `param_names`, so state can
@@ -150,6 +159,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
     Args:
         named_parameters: pairs of name and parameter, as `module.named_parameters()` gives.
         config: the optimiser and its constants.
+        on_cpu: whether the updates will be computed on the CPU; by default if all parameters are there.
 
     Raises:
         ValueError: no parameter requires a gradient.
@@ -176,7 +186,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Parameter]], config: O
         weight_decay=config.weight_decay,
         decoupled_weight_decay=True,
         # One pass over memory on the CPU. On a GPU torch chooses its multi-tensor form, which keeps `step` on the CPU.
-        fused=True if all(p.device.type == "cpu" for _, p in trainable) else None,
+        fused=True if (all(p.device.type == "cpu" for _, p in trainable) if on_cpu is None else on_cpu) else None,
     )
 
 

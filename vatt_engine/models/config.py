@@ -37,6 +37,7 @@ class TransformerConfig:
     head_dim: int = 64
     dropout: float = 0.1
     bias: bool = True  # of q, k, v, o and the feed-forward layers
+    norm_eps: float = 1e-6  # of every norm (official; some ViTs have 1e-12)
     # Progressive DropToken, not in the paper: the share of its incoming tokens (AGG not counted, it always stays) that
     # each layer computes on in training, one number per layer; () keeps all. Text is never dropped.
     keep_rates: tuple[float, ...] = ()
@@ -44,6 +45,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _check_least(self, "transformer", num_layers=1, dim=1, ff_dim=1, num_heads=1, head_dim=1)
         _check(0.0 <= self.dropout < 1.0, "transformer.dropout", "be in [0, 1)", self.dropout)
+        _check(self.norm_eps > 0.0, "transformer.norm_eps", "be above 0", self.norm_eps)
         rates = self.keep_rates
         held = len(rates) in (0, self.num_layers) and all(0.0 < rate <= 1.0 for rate in rates)
         expected = f"be () or {self.num_layers} numbers in (0, 1], one per layer"
@@ -83,14 +85,17 @@ class PositionConfig:
     """Sum of one learned table per axis, then LayerNorm, then dropout on token + position (official code).
 
     The paper's equations 1 and 2 have no LayerNorm: `norm=False`. They also add a position to AGG; a learned vector
-    on top of the learned AGG is the same model, so there is no choice for it.
+    on top of the learned AGG is the same model, so there is no choice for it. `tables="frame"`, for video, is the
+    layout of an image ViT with time added: one table over time, and one over all places of a frame.
     """
 
+    tables: Literal["axis", "frame"] = "axis"
     norm: bool = True
     dropout: float = 0.1  # not tied to the transformer's: the released model keeps 0.1 even where that is 0
 
     def __post_init__(self) -> None:
         _check(0.0 <= self.dropout < 1.0, "position.dropout", "be in [0, 1)", self.dropout)
+        _check(self.tables in ("axis", "frame"), "position.tables", "be 'axis' or 'frame'", self.tables)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,7 @@ class AudioConfig:
         _check(self.input in ("waveform", "spectrogram"), "audio.input", "be 'waveform' or 'spectrogram'", self.input)
         _check(len(self.patch) == axes, "audio.patch", f"have {axes} numbers for a {self.input}", self.patch)
         _check_least(self, "audio", post_projection=0)
+        _check(self.position.tables == "axis", "audio.position.tables", "be 'axis'", self.position.tables)
         _check(min(self.patch) >= 1, "audio.patch", "hold positive sizes", self.patch)
         _check(min(self.grid) >= 1, "audio.patch", f"fit into {self.num_samples} samples", self.patch)
 
@@ -164,6 +170,9 @@ class TextConfig:
     """
 
     encoder: Literal["t5", "linear"] = "t5"
+    # Of the t5 encoder. "code": Dense + GELU on word vectors, LayerNorm and GELU in the feed-forward; "t5": T5 itself,
+    # no Dense (so embedding_dim is the transformer's width), RMS norm and ReLU; T5's own max_distance is 128.
+    style: Literal["code", "t5"] = "code"
     vocabulary_size: int = 65_536
     max_words: int = 16
     embedding_dim: int = 300
@@ -181,6 +190,11 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check(self.encoder in ("t5", "linear"), "text.encoder", "be 't5' or 'linear'", self.encoder)
+        _check(self.style in ("code", "t5"), "text.style", "be 'code' or 't5'", self.style)
+        _check(self.position.tables == "axis", "text.position.tables", "be 'axis'", self.position.tables)
+        if self.style == "t5" and self.embedding_dim != self.transformer.dim:
+            width = f"equal text.transformer.dim {self.transformer.dim} for text.style 't5'"
+            raise ValueError(f"text.embedding_dim must {width}, got {self.embedding_dim}.")
         _check(self.relative_bias in ("all", "first"), "text.relative_bias", "be 'all' or 'first'", self.relative_bias)
         _check_least(self, "text", vocabulary_size=2, max_words=1, embedding_dim=1, num_buckets=4, linear_dim=1)
         _check(not self.transformer.keep_rates, "text.transformer.keep_rates", "be ()", self.transformer.keep_rates)

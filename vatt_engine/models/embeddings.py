@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -101,7 +102,7 @@ def _init_patch(weight: Tensor, volume: int, kind: PatchInit) -> None:
 
 
 class PositionEmbedding(nn.Module):
-    """One learned table per axis: position[t, h, w] = LN(E_t[t] + E_h[h] + E_w[w]).
+    """One learned table per axis: position[t, h, w] = LN(E_t[t] + E_h[h] + E_w[w]), or LN(E_t[t] + E_hw[h, w]).
 
     Another grid than the tables' is met by resampling each table with a cubic polyharmonic spline, as the official
     code does (the paper calls it bi-cubic).
@@ -113,7 +114,9 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, grid: Sequence[int], dim: int, config: PositionConfig, *, axes_reversed: bool = False) -> None:
         super().__init__()
-        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in grid)
+        self.frame = tuple(grid[1:]) if config.tables == "frame" else None  # the grid of the second table
+        sizes = grid if self.frame is None else (grid[0], math.prod(self.frame))
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in sizes)
         for table in self.tables:
             init.truncated_normal_(table, dim**-0.5)
         self.norm = layer_norm(dim) if config.norm else nn.Identity()
@@ -121,6 +124,9 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, grid: Sequence[int]) -> Tensor:
         """Positions [N, D] of every token of `grid`, flattened with the last axis fastest."""
+        if self.frame is not None:
+            places = resample_frame(self.tables[1], self.frame, grid[1:])
+            return self.norm((resample_table(self.tables[0], grid[0])[:, None] + places).flatten(0, 1))
         axes = range(len(self.tables))
         total: Tensor | float = 0.0
         for axis in axes:
@@ -144,6 +150,13 @@ def resample_table(table: Tensor, size: int) -> Tensor:
     if size == table.shape[0]:
         return table
     return _spline_matrix(table.shape[0], size).to(table) @ table
+
+
+def resample_frame(table: Tensor, grid: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Resample a table [h * w, D] over the places of a `grid` to [h' * w', D], rows and then columns by the spline."""
+    columns = resample_table(table.reshape(grid[0], -1), new[0]).view(new[0], grid[1], -1).transpose(0, 1)
+    rows = resample_table(columns.reshape(grid[1], -1), new[1]).view(new[1], new[0], -1)
+    return rows.transpose(0, 1).reshape(new[0] * new[1], -1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -77,28 +77,30 @@ class TextEncoder(nn.Module):
     """Words -> AGG first -> Dense + GELU (no bias) -> T5-style transformer; the sentence is the AGG row.
 
     Scores are not scaled, nothing has a bias but the feed-forward's LayerNorm, and the relative bias and the padding
-    mask made for layer 0 serve every layer (paper: the first only). T5 itself has ReLU, an RMS norm before the
-    feed-forward and distances up to 128. The paper's text tokens are one learned projection of one-hot words; here, as
-    in the official code, word vectors go through Dense + GELU.
+    mask made for layer 0 serve every layer (paper: the first only). T5 itself, `style="t5"`, has ReLU, an RMS norm
+    before the feed-forward, distances up to 128, and words of the transformer's width. The paper's text tokens are one
+    learned projection of one-hot words; here, as in the official code, word vectors go through Dense + GELU.
     Source: official vatt/modeling/backbones/text/{factory,t5}.py.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        t5 = config.style == "t5"
         dim, self.num_layers = config.transformer.dim, config.transformer.num_layers
         self.num_biased = self.num_layers if config.relative_bias == "all" else 1
         self.embedding = WordEmbedding(config)
         self.agg = init.agg_token(config.embedding_dim)
-        self.pre_projection = init.linear(config.embedding_dim, dim, bias=False)
+        self.pre_projection = None if t5 else init.linear(config.embedding_dim, dim, bias=False)
         self.relative_bias = RelativeBias(config)
         self.dropout = nn.Dropout(config.transformer.dropout)
-        self.transformer = Transformer(config.transformer, attention_norm=rms_norm, scale=1.0)
+        feed_forward = {"ff_norm": rms_norm, "activation": F.relu} if t5 else {}
+        self.transformer = Transformer(config.transformer, attention_norm=rms_norm, scale=1.0, **feed_forward)
         self.out_dim = dim
 
     def forward(self, words: Tensor) -> Tensor:
         """Word ids [S, W] -> sentence and words [S, 1 + W, D], the sentence at 0."""
         x = prepend(self.agg, self.embedding(words))
-        x = self.dropout(F.gelu(self.pre_projection(x)))
+        x = self.dropout(x if self.pre_projection is None else F.gelu(self.pre_projection(x)))
         bias = self.relative_bias(x.shape[1])
         biases = [bias] * self.num_biased + [None] * (self.num_layers - self.num_biased)
         return self.transformer(x, biases=biases, key_mask=word_mask(words))

@@ -6,22 +6,25 @@ x = x + Drop(Attention(Norm(x)));  x = x + Drop(W_o Drop(GELU(W_i LN(x))))
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import TransformerConfig
 
+Norm = Callable[[int, float], nn.Module]
 Seed = int | Tensor | None  # of DropToken; a tensor is int64 of one element; None draws one from torch's generator
 EPS = 1e-6  # of every norm in the official code
 
 
-def layer_norm(dim: int) -> nn.LayerNorm:
+def layer_norm(dim: int, eps: float = EPS) -> nn.LayerNorm:
     """LayerNorm with the official epsilon."""
-    return nn.LayerNorm(dim, eps=EPS)
+    return nn.LayerNorm(dim, eps=eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,9 +34,9 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def rms_norm(dim: int) -> nn.RMSNorm:
+def rms_norm(dim: int, eps: float = EPS) -> nn.RMSNorm:
     """The norm before the text encoder's attention."""
-    return RMSNorm(dim, eps=EPS)
+    return RMSNorm(dim, eps=eps)
 
 
 class SelfAttention(nn.Module):
@@ -80,13 +83,16 @@ class Block(nn.Module):
         self,
         config: TransformerConfig,
         *,
-        attention_norm: Callable[[int], nn.Module] = layer_norm,
+        attention_norm: Norm = layer_norm,
+        ff_norm: Norm = layer_norm,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.attention_norm = attention_norm(config.dim)
+        self.attention_norm = attention_norm(config.dim, config.norm_eps)
         self.attention = SelfAttention(config, scale=scale)
-        self.ff_norm = layer_norm(config.dim)
+        self.ff_norm = ff_norm(config.dim, config.norm_eps)
+        self.activation = activation
         self.ff_in = init.linear(config.dim, config.ff_dim, bias=config.bias)
         self.ff_out = init.linear(config.ff_dim, config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -99,7 +105,7 @@ class Block(nn.Module):
         cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), bias, key_mask, cu_seqlens))
-        hidden = self.dropout(F.gelu(self.ff_in(self.ff_norm(x))))
+        hidden = self.dropout(self.activation(self.ff_in(self.ff_norm(x))))
         return x + self.dropout(self.ff_out(hidden))
 
 
@@ -108,22 +114,24 @@ class Transformer(nn.Module):
 
     Args:
         attention_norm: norm before attention and at the end; LayerNorm, or RMS for the T5-style text encoder.
-        scale: of the attention scores; 1 for the T5-style text encoder.
+        options: `ff_norm` and `activation` of the feed-forward layers (LayerNorm and GELU; T5 itself has RMS and ReLU),
+            `scale` of the attention scores (1/sqrt(head_dim); 1 for the T5-style text encoder).
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         *,
-        attention_norm: Callable[[int], nn.Module] = layer_norm,
-        scale: float | None = None,
+        attention_norm: Norm = layer_norm,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.keep_rates = config.keep_rates
+        self.checkpoint_activations = False  # True: a layer keeps its input alone and is computed again in backward
         self.layers = nn.ModuleList(
-            Block(config, attention_norm=attention_norm, scale=scale) for _ in range(config.num_layers)
+            Block(config, attention_norm=attention_norm, **options) for _ in range(config.num_layers)
         )
-        self.final_norm = attention_norm(config.dim)
+        self.final_norm = attention_norm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -142,7 +150,7 @@ class Transformer(nn.Module):
             key_mask, cu_seqlens: as for `ops.attention`.
         """
         for index, layer in enumerate(self.layers):
-            x = layer(x, None if biases is None else biases[index], key_mask, cu_seqlens)
+            x = self._through(layer, x, None if biases is None else biases[index], key_mask, cu_seqlens)
         return self.dropout(self.final_norm(x))
 
     def forward_dropping(self, x: Tensor, *, seed: Seed, sample_id: Tensor | None) -> Tensor:
@@ -166,5 +174,10 @@ class Transformer(nn.Module):
                 stream = seed + ((index + 1) << 48)  # no stem's of this step: theirs are neighbours
                 keep = ops.sample_keep(others, kept, seed=stream, sample_id=sample_id, device=x.device) + 1
                 x = ops.drop_token(x, F.pad(keep, (1, 0)))
-            x = layer(x)
+            x = self._through(layer, x)
         return self.dropout(self.final_norm(x))
+
+    def _through(self, layer: Block, x: Tensor, *args: object) -> Tensor:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, x, *args, use_reentrant=False)
+        return layer(x, *args)

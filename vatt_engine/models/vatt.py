@@ -162,7 +162,7 @@ class VATT(nn.Module):
         return getattr(self, modality)(x, **drop)[:, 0]
 
     def forward(self, batch: Batch, *, seed: Seed = None) -> Embeddings:
-        """Embed a batch into the common spaces.
+        """Embed a batch into the common spaces: `heads(**features(batch, seed=seed))`.
 
         Args:
             batch: any of video, audio and text may be None.
@@ -172,9 +172,17 @@ class VATT(nn.Module):
         Returns:
             The projections, not normalised, see `Embeddings`.
         """
+        return self.heads(**self.features(batch, seed=seed))
+
+    def features(self, batch: Batch, *, seed: Seed = None) -> dict[str, Tensor | None]:
+        """The pooled features that the heads take, by modality: [B, D], text [B, P, D], None where there is none.
+
+        No row depends on another one here; in the heads it does, by their BatchNorm. So the engine may compute the
+        features of a large batch part by part.
+        """
         streams = {m: None if seed is None else seed * len(MODALITIES) + i for i, m in enumerate(MODALITIES)}
         if self._packs(batch):
-            return self.heads(**self._features_packed(batch, streams))
+            return self._features_packed(batch, streams)
         features: dict[str, Tensor | None] = dict.fromkeys(MODALITIES)
         if batch.video is not None:
             features["video"] = self.encode_video(batch.video, seed=streams["video"], sample_id=batch.sample_id)
@@ -182,7 +190,7 @@ class VATT(nn.Module):
             features["audio"] = self.encode_audio(batch.audio, seed=streams["audio"], sample_id=batch.sample_id)
         if batch.text is not None:
             features["text"] = self.encode_text(batch.text)
-        return self.heads(**features)
+        return features
 
     def _features_packed(self, batch: Batch, streams: dict[str, Seed]) -> dict[str, Tensor | None]:
         signals = {m: x for m in MODALITIES if (x := getattr(batch, m)) is not None}

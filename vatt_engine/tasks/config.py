@@ -79,7 +79,9 @@ def _official(name: str) -> PretrainConfig:
     Source: official vatt/configs and paper section 4.1.
     """
     return PretrainConfig(
-        out=f"runs/{name.replace('_', '-')}", model=model_config(name), data=DataConfig(batch_size=2048)
+        out=f"runs/{name.replace('_', '-')}",
+        model=model_config(name),
+        data=DataConfig(batch_size=2048, num_workers=8),
     )
 
 

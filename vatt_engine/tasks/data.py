@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from vatt_engine.schema import ConfigError, nearest
 
 SUBCOMMANDS = {  # subcommand -> (module with `main(argv) -> exit code`, what it does)
+    "check": ("vatt_engine.tasks.data_check", "decode a whole set, and say what of it can be used"),
     "import": ("vatt_engine.tasks.data_import", "manifests of a known dataset from its annotation files"),
+    "merge": ("vatt_engine.tasks.data_merge", "one index for the parts that `vatt prepare --part` made"),
 }
 
 

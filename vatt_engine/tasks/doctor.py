@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vatt_engine import dispatch
+from vatt_engine.data.dali import dali_missing
 from vatt_engine.engine.logging import versions
 from vatt_engine.tasks.flags import parse_flags
 
@@ -55,6 +56,7 @@ def report(folder: str = ".") -> dict[str, list[tuple[str, str]]]:
         "native module": _native,
         "ops (first that can run is used)": _ops,
         "media": _media,
+        "DALI (prepared shards)": _dali,
     }
     found = {}
     for title, look in sections.items():
@@ -131,6 +133,16 @@ def _media() -> Lines:
         yield title, ", ".join(name for name in names if name not in missing) or "nothing"
         if missing:
             yield f"does not {title[:-1]}", ", ".join(missing)
+
+
+def _dali() -> Lines:
+    reason = dali_missing("cpu")
+    if reason is not None:
+        yield "DALI", reason
+        return
+    yield "DALI", importlib.import_module("nvidia.dali").__version__
+    yield "on the CPU", "can decode VP9 and MJPEG (FLAC always on the CPU); not H.264: there PyAV decodes"
+    yield "on the GPU", dali_missing("cuda") or "can decode H.264, VP9 and MJPEG, not timed by anybody yet"
 
 
 def _has_codec(av: object, name: str, mode: str) -> bool:

@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vatt_engine.analysis.report import plot_losses
+from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
-from vatt_engine.data.loader import Loader, QuarantineError
-from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.collectives import all_reduce_sum, rank, world_size
+from vatt_engine.data.dali import build_loader
+from vatt_engine.data.loader import Loader, QuarantineError, join_sources
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
-from vatt_engine.engine.faults import StopSignals, TrainingStopped
-from vatt_engine.engine.logging import RunLog, environment, write_text
+from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
+from vatt_engine.engine.logging import NoLog, RunLog, environment, write_text
+from vatt_engine.engine.monitors import memory, spread
+from vatt_engine.engine.peers import Peers
+from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
@@ -37,10 +42,21 @@ CONFIG is a YAML file or a recipe: {recipes}.
 
 
 class PretrainLoss(VATTLoss):
-    """VATTLoss with the masks of the batch."""
+    """VATTLoss with the masks of the batch; `seen` keeps the embeddings of the last one for the monitors."""
 
     def forward(self, embeddings: Embeddings, batch: Batch) -> LossTerms:
+        masks = {"audio_video": batch.audio_mask, "text_video": batch.text_mask}
+        present = {name: value.detach() for name, value in embeddings._asdict().items() if value is not None}
+        self.seen = {name: (value, masks.get(name)) for name, value in present.items()}
         return super().forward(embeddings, audio_mask=batch.audio_mask, text_mask=batch.text_mask)
+
+    def monitors(self) -> dict[str, float]:
+        """Spread of each embedding that was there, and the temperature."""
+        found = {}
+        for name, (value, mask) in self.seen.items():
+            rows = value if mask is None else value[mask]
+            found |= {f"{name}_{key}": number for key, number in spread(rows).items()} if len(rows) else {}
+        return found | {"temperature": float(self.temperature())}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,17 +95,24 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
         resume: continue from the newest valid checkpoint of `config.out`, bit for bit on one process.
 
     Returns:
-        0, or 130 / 143 when Ctrl-C / SIGTERM ended it, after the step was finished and saved.
+        0, or 130 / 143 / 138 when Ctrl-C / SIGTERM / SIGUSR1 ended it, after the step was finished and saved.
 
     Raises:
         ValueError: the config, the manifest or the run folder cannot be used.
-        TrainingStopped: the loss stayed not finite.
+        TrainingStopped: the loss stayed not finite, another rank died, memory ran out, the end could not be saved.
 
     >>> pretrain(load_config("demo"))  # doctest: +SKIP
     0
     """
     with StopSignals() as stop:
-        return _train(config, resume, stop)
+        try:
+            with joined_ranks(config.engine.torch_device()), Peers():
+                return _train(config, resume, stop)
+        except StopRequested as signal:
+            print(f"{signal}: no step of this start was finished, nothing had to be saved.", file=sys.stderr)
+            return 128 + stop.received
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(f"vatt pretrain: {OUT_OF_MEMORY}") from error
 
 
 def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
@@ -98,27 +121,37 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     config.check_shapes()
 
     # ------------------------------------------------ words, data, model, loss
-    samples = read_training_manifest(config.data.train)
-    resume = _open_run(run_dir, resume)
-    vocabulary = load_vocabulary(config, samples, run_dir / "tokenizer.json" if resume else None)
+    samples, sizes = join_sources([read_training_manifest(path) for path in config.data.sources])
+    resume = bool(largest_of_ranks(int(_open_run(run_dir, resume)), device))  # none writes before all have looked
+    kept = run_dir / "tokenizer.json"
+    vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
     num_vectors = load_vectors(model, config.model, config.text, vocabulary)
-    loader = Loader(samples, config.data, vocabulary, seed=seed, quarantine=run_dir / "quarantine.jsonl")
+    faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
+    ranks = {"rank": rank(), "world": world_size()}
+    loader = build_loader(
+        samples, config.data, vocabulary, device=device, sizes=sizes, seed=seed, quarantine=faults, **ranks
+    )
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
     # ------------------------------------------------ run folder
     if resume:
         _resume(engine, loader, config)
-    vocabulary.save(run_dir / "tokenizer.json")
-    write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
-    write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
+    if rank() == 0:
+        vocabulary.save(run_dir / "tokenizer.json")
+        write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
+        write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
 
     # ------------------------------------------------ training
-    steps, board = config.engine.steps, config.engine.tensorboard
-    with loader, RunLog(run_dir, steps, resume_step=engine.finished, tensorboard=board) as log:
+    steps = config.engine.steps
+    with loader, _run_log(config, engine) as log:
         log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
+        log.say(f"clips are decoded by {loader.decoder}")
+        if world_size() > 1:
+            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
         if config.text.vectors is not None:
             log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         if engine.finished >= steps:
@@ -129,49 +162,113 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
         stopped = engine.finished < steps
         if stopped:
             log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
-    if not stopped:
-        save_pretrained(model, run_dir / "model", vocabulary=vocabulary)
-    plot_losses(run_dir)
+    weights = engine.strategy.export_state()["model"]  # of all ranks
+    if rank() == 0:
+        if not stopped:
+            whole = build_model(config.model)
+            whole.load_state_dict(weights)
+            save_pretrained(whole, run_dir / "model", vocabulary=vocabulary)
+        plot_run(run_dir)
     return 128 + stop.received if stopped else 0
 
 
-def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog, stop: StopSignals) -> None:
+def _run_log(config: PretrainConfig, engine: Engine) -> RunLog | NoLog:
+    if rank() > 0:
+        return NoLog()
+    every = config.engine
+    sinks = {"tensorboard": every.tensorboard, "wandb": every.wandb}
+    return RunLog(config.out, every.steps, resume_step=engine.finished, **sinks)
+
+
+def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog, stop: StopSignals) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
-    every, batches = config.engine, iter(loader)
-    window: list[StepOutput] = []
-    clips, waited = 0, 0.0
-    while engine.finished < every.steps and stop.received is None:
+    every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)
+    window, fault = Window(), None
+    while engine.finished < every.steps:
         start = time.perf_counter()
         place = loader.state_dict()
         try:
-            micro_batches = [next(batches) for _ in range(every.accumulate)]
-        except QuarantineError:  # too many bad files: what was learned so far is kept
+            with stop.interruptible():
+                batch = next(batches)
+        except StopRequested:
+            if not stop.begun:
+                raise
+        except QuarantineError as error:  # too many bad files: what was learned so far is kept
+            fault = error
+        if ending := largest_of_ranks(stop.received or int(fault is not None), engine.device):
+            stop.received = ending  # on every rank, before the same step
             loader.load_state_dict(place)
-            _save(engine, loader, config, log)
-            raise
-        waited += time.perf_counter() - start
-        window.append(engine.step(micro_batches))
-        clips += sum(map(len, micro_batches))
-        last = engine.finished == every.steps or stop.received is not None
-        if engine.finished % every.log_every == 0 or last:
-            values = _summary(window) | {"data_seconds": waited, "skipped": engine.skipped}
-            values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
-            log.write(engine.finished, values, clips=clips)
-            window, clips, waited = [], 0, 0.0
-        if engine.finished % every.save_every == 0 and not last:
-            _save(engine, loader, config, log)
-    _save(engine, loader, config, log)
+            break
+        window.waited += time.perf_counter() - start
+        out = engine.step(batch)
+        stop.begin()
+        window.add(out, loader.batch_size)
+        if engine.finished % every.log_every == 0 or engine.finished == every.steps:
+            window.write(engine, loader, log)
+            window = Window()
+        if guard.factor and largest_of_ranks(int(guard.jumps(float(out.terms["total"]))), engine.device):
+            _go_back(engine, guard, log)
+            window = Window()
+        elif engine.finished % every.save_every == 0 and engine.finished < every.steps:
+            engine.save(wait=False, loader=loader.state_dict(), config_sha256=config_hash(config))
+        for line in engine.writer.news():
+            log.say(line)
+    stop.begin()
+    if window.steps:
+        window.write(engine, loader, log)
+    _save_end(config, engine, loader, log)
+    if fault is not None:
+        raise fault
 
 
-def _save(engine: Engine, loader: Loader, config: PretrainConfig, log: RunLog) -> None:
-    log.say(f"saved {engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))}")
+class Window:
+    """What happened since the last record."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepOutput] = []
+        self.clips, self.waited = 0, 0.0
+
+    def add(self, out: StepOutput, clips: int) -> None:
+        self.steps.append(out)
+        self.clips += clips
+
+    def write(self, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
+        values = _summary(self.steps) | engine.loss.monitors() | memory(engine.device)
+        values |= {"data_seconds": self.waited, "skipped": engine.skipped}
+        values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
+        log.write(engine.finished, values, clips=self.clips)
+
+
+def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
+    try:
+        engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
+    except OSError as error:
+        raise TrainingStopped(
+            f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error}. Older ones "
+            f"are intact, `vatt pretrain --resume {config.out}` goes on from the newest."
+        ) from error
+    finally:
+        for line in engine.writer.news():
+            log.say(line)
+
+
+def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog | NoLog) -> None:
+    """Weights, optimizer and step of the newest checkpoint; the data goes on, so what came since is skipped."""
+    step = engine.finished
+    if not has_checkpoint(engine.run_dir):
+        log.event(step, "the loss jumps, but there is no checkpoint yet to go back to")
+        return
+    found = engine.resume()
+    guard.count(found.step)
+    log.go_back(found.step)
+    log.event(step, "the loss jumps: went back and skipped the data since then", to=found.step)
 
 
 def _open_run(run_dir: Path, resume: bool) -> bool:
     """Make the run folder, or refuse one that holds another run; whether there is a checkpoint to resume."""
     if resume:
         if not has_checkpoint(run_dir):
-            print(f"{run_dir}: no checkpoint yet, starting at step 0.", file=sys.stderr)
+            _tell(f"{run_dir}: no checkpoint yet, starting at step 0.")
         run_dir.mkdir(parents=True, exist_ok=True)
         return has_checkpoint(run_dir)
     if (run_dir / "metrics.jsonl").exists() or has_checkpoint(run_dir):
@@ -191,11 +288,18 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
 def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
-        print(reason, file=sys.stderr)
-    loader.load_state_dict(found.state["extra"]["loader"])
-    if found.state["extra"]["config_sha256"] != config_hash(config):
-        print(f"note: {found.path} was saved under another config; it goes on with this run's", file=sys.stderr)
-    print(f"resuming after step {found.step} from {found.path}", file=sys.stderr)
+        _tell(reason)
+    extra = found.state["extra"]
+    if "loader" in extra:  # `vatt convert` knows of no data
+        loader.load_state_dict(extra["loader"])
+    if extra.get("config_sha256") != config_hash(config):
+        _tell(f"note: {found.path} was saved under another config; it goes on with this run's")
+    _tell(f"resuming after step {found.step} from {found.path}")
+
+
+def _tell(text: str) -> None:
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def read_training_manifest(path: str) -> list[Sample]:
@@ -207,7 +311,7 @@ def read_training_manifest(path: str) -> list[Sample]:
     if not path:
         hint = "`vatt demo-data DIRECTORY` makes a small world with one."
         raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
-    return read_manifest(path)
+    return read_samples(path)
 
 
 def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:
@@ -222,7 +326,7 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     if path is None:
         if not any(sample.captions for sample in samples):
             hint = "Train on video and audio alone with --data.num-candidates 0."
-            raise ConfigError(f"{config.data.train}: the manifest must have captions, got none. {hint}")
+            raise ConfigError(f"{', '.join(config.data.sources)}: the manifest must have captions, got none. {hint}")
         return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
     vocabulary = Vocabulary.load(path)
     if vocabulary.size > limit:
@@ -269,11 +373,11 @@ def config_hash(config: PretrainConfig) -> str:
 
 
 def _summary(window: Sequence[StepOutput]) -> dict[str, float]:
-    """Means over the steps since the last record; skipped steps have no part in them."""
+    """Means over the ranks and over the steps since the last record; skipped steps have no part in them."""
     taken = [out for out in window if not out.skipped] or window[-1:]
-
-    def mean(values: list[Tensor]) -> float:
-        return torch.stack(values).mean().item()
-
-    terms = {name: mean([out.terms[name] for out in taken]) for name in taken[0].terms}
-    return terms | {"grad_norm": mean([out.grad_norm for out in taken]), "lr": window[-1].lr}
+    norms = {"grad_norm": torch.stack([out.grad_norm for out in taken]).mean()}
+    means = {name: torch.stack([out.terms[name] for out in taken]).mean() for name in taken[0].terms}
+    values = (
+        all_reduce_sum(torch.stack([value.to(means["total"]) for value in (means | norms).values()])) / world_size()
+    )
+    return dict(zip(means | norms, values.tolist())) | {"lr": window[-1].lr}

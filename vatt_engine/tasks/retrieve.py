@@ -17,7 +17,8 @@ from vatt_engine.analysis.report import plot_similarity, table
 from vatt_engine.analysis.similarity import retrieval_metrics
 from vatt_engine.batch import Batch
 from vatt_engine.data.loader import Loader
-from vatt_engine.data.manifest import Sample, read_manifest
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
 from vatt_engine.engine.logging import write_text
@@ -35,7 +36,7 @@ class RetrieveConfig:
 
     Args:
         run: run folder of `vatt pretrain`.
-        data: manifest of clips the run has not seen.
+        data: manifest or shards of clips the run has not seen.
         num_windows: windows per clip, whose embeddings are averaged before they are normalised (official: 4).
         batch_size: windows embedded at once.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -82,7 +83,7 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     """
     run_dir = Path(config.run)
     run, model, vocabulary, step = load_run(run_dir, config.device)
-    samples = read_manifest(config.data)
+    samples = read_samples(config.data)
     data = dataclasses.replace(run.data, num_windows=config.num_windows)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
         found = embed_clips(model, loader, samples)

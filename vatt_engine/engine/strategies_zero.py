@@ -1,0 +1,210 @@
+"""DeepSpeed ZeRO: the optimizer state in parts over the ranks (1), the gradients too (2), the parameters too (3).
+
+DeepSpeed moves and reduces; the update stays ours: its "client optimizer" is KerasAdam or KerasSGD over the flat part
+of each rank, and the clipping that of `optim`. It skips steps whose gradient norm is not finite in float32, which is
+what parameters are here: `precision="bf16"` is torch's autocast around them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from vatt_engine.collectives import rank, world_size
+from vatt_engine.engine.optim import OptimConfig
+from vatt_engine.engine.strategies import Single, Trained
+
+BUCKET_ELEMENTS = 50_000_000  # of gradients that travel together; DeepSpeed's 500 million take 2 GB of a GPU
+
+
+def deepspeed_config(stage: int, *, offload: bool, num_elements: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is told.
+
+    Args:
+        stage: 1, 2 or 3.
+        offload: optimizer state and update on the host.
+        num_elements: of all trainable parameters; no bucket is larger.
+
+    >>> deepspeed_config(2, offload=False, num_elements=1000)["zero_optimization"]["reduce_bucket_size"]
+    1000
+    """
+    bucket = min(BUCKET_ELEMENTS, num_elements + num_elements % 2)  # an even number, for NCCL's alignment
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": False,  # wrong gradients in several releases (DeepSpeed issues 4298, 5294, 7188, 7718)
+    }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for its progress report alone, which is off; batches are the engine's
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # any number of backward passes, then a step
+        "gradient_clipping": 0.0,  # 1.0 by default
+        "steps_per_print": None,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+class Zero(Single):
+    """One of DeepSpeed's ZeRO stages.
+
+    Args:
+        trained: on its device, of equal weights on all ranks.
+        optim: optimizer settings.
+        stage: 1, 2 or 3.
+        offload: keep the optimizer state, and compute the update, on the host.
+
+    Raises:
+        ValueError: deepspeed is not installed.
+    """
+
+    def __init__(self, trained: Trained, optim: OptimConfig, *, stage: int, offload: bool):
+        device = next(trained.parameters()).device
+        deepspeed = _deepspeed(device)
+        super().__init__(trained, optim, on_cpu=offload or None)
+        self.stage, self.zero3 = stage, deepspeed.zero
+        self.shapes = {id(p): p.shape for p in trained.parameters()}
+        config = deepspeed_config(stage, offload=offload, num_elements=sum(p.numel() for p in self.parameters.values()))
+        for buffer in trained.buffers():
+            dist.broadcast(buffer, 0)  # DeepSpeed does so with the parameters
+        if isinstance(trained.loss, nn.Module):  # before DeepSpeed's hooks, the first of which takes parameters away
+            trained.loss.register_forward_hook(self._keep_changes)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=trained, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+        self.sharded = self.deepspeed.optimizer
+        self.flat = (
+            self.sharded.fp32_partitioned_groups_flat if stage == 3 else self.sharded.single_partition_of_fp32_groups
+        )
+        for part in self.flat:
+            self.optimizer.state[part] = self.optimizer.first_state(part)
+        if stage < 3:
+            self.sharded._lazy_init_hp_params_optimizer_state()  # links the parameters to what was just made
+        if self.clip_norm:
+            self.optimizer.register_step_pre_hook(self._clip)
+
+    def begin(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What the first backward pass does not reach would keep the gradients of the step before, or add to them.
+        stale = [part.grad for part in self.flat if part.grad is not None]
+        on_host = getattr(self.sharded, "accumulated_grads_in_cpu", {})
+        for sums in [*stale, *([self.sharded.grad_partitions_flat_buffer] if self.stage == 3 else on_host.values())]:
+            sums.zero_()
+
+    def run(self, part: str, *args: Any) -> Any:
+        return self.deepspeed(part, *args)
+
+    def backward(self, scalar: Tensor, *, last: bool) -> None:
+        self.deepspeed.backward(scalar)
+
+    def update(self) -> tuple[Tensor, bool]:
+        self.deepspeed.step()
+        return torch.as_tensor(self.deepspeed.get_global_grad_norm()), not self.sharded.overflow
+
+    def _keep_changes(self, module: nn.Module, *_: Any) -> None:
+        """Take over what its forward pass did to parameters in place, as the loss does to bound its temperature.
+
+        DeepSpeed steps from a copy and would undo it.
+        """
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                self._write_master(parameter, parameter.detach())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """`clip_by_global_norm` by the norm over all ranks; DeepSpeed's own adds 1e-6 to it."""
+        norm = torch.as_tensor(self.sharded._global_grad_norm, dtype=torch.float32)
+        for group in optimizer.param_groups:
+            for part in group["params"]:
+                part.grad.mul_((self.clip_norm / norm.clamp(min=self.clip_norm)).to(part.grad.device))
+
+    # ------------------------------------------------------------------------------------ the state, by name
+
+    def _whole(self, tensor: Tensor, *, changed: bool = False) -> Any:
+        """While entered, a parameter that is in parts (stage 3) is whole; rank 0's changes to it reach all ranks."""
+        parts = [tensor] if hasattr(tensor, "ds_id") else []
+        return self.zero3.GatheredParameters(parts, modifier_rank=0 if changed else None, enabled=bool(parts))
+
+    def _shape(self, tensor: Tensor) -> torch.Size:
+        return self.shapes.get(id(tensor), tensor.shape)
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        with self._whole(tensor):
+            return tensor.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def _write(self, tensor: Tensor, value: Tensor) -> None:
+        with self._whole(tensor, changed=True):
+            tensor.copy_(value)
+        if tensor.requires_grad:
+            self._write_master(tensor, value)
+
+    def _read_moments(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        own = self.optimizer.state[self.flat[0]]
+        return {
+            key: own[key].clone() if own[key].ndim == 0 else safe_get_full_optimizer_state(parameter, key).cpu()
+            for key in self.optimizer.state_names
+        }
+
+    def _write_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for part in self.flat:
+            for value in self.optimizer.state[part].values():
+                value.zero_()
+        for name, values in moments.items():
+            for key, value in values.items():
+                if value.ndim:
+                    self._write_master(self.parameters[name], value, key)
+                else:
+                    for part in self.flat:
+                        self.optimizer.state[part][key].copy_(value)
+
+    def _write_master(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """This rank's part of a whole float32 parameter, or of its moment `key`."""
+        from deepspeed import utils
+
+        if self.stage == 3:  # the functions for whole tensors cannot cut one that does not divide by the ranks
+            part = parameter.ds_tensor.numel()
+            flat = nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
+            own = flat[rank() * part : (rank() + 1) * part]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The package, quiet, on this kind of device, with a process group and the variables it expects to find."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it guesses by what is installed
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "engine: strategy must be single or ddp where deepspeed is not installed, got a ZeRO stage. "
+            "Run `pip install 'vatt-engine[deepspeed]'`."
+        ) from error
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # of calls it makes
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of what is chosen here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, for inference alone
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed

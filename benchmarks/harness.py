@@ -94,6 +94,7 @@ class Bench:
         dtypes: names by device.
         check: (bench, case, inputs) -> Checked; by default the one described above.
         metrics: (shape, dtype, seconds) -> further columns of the report.
+        columns: (case, provider, inputs) -> still further ones, that are measured after the timing.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Bench:
     )
     check: Callable[..., Checked] | None = None
     metrics: Callable[..., dict[str, float]] | None = None
+    columns: Callable[..., dict[str, float]] | None = None
 
     def cases(self) -> list[Case]:
         """Every case of this machine."""
@@ -277,9 +279,10 @@ def measure(bench: Bench, case: Case, benchmark: Any, options: Options) -> list[
     for name, seconds in times.items():
         with bench.choose(name):
             peak = peak_extra_bytes(checked.calls[name], case.device)
-        rows.append(
-            _row(bench, case, name, options.commit) | _numbers(bench, case, seconds) | {"peak_extra_bytes": peak}
-        )
+            more = bench.columns(case, name, given) if bench.columns else {}
+        row = _row(bench, case, name, options.commit) | _numbers(bench, case, seconds) | {"peak_extra_bytes": peak}
+        row["metrics"] |= more
+        rows.append(row)
     rows += [_row(bench, case, name, options.commit) | {"error": text} for name, text in checked.failed.items()]
     benchmark.extra_info["rows"] = [{k: v for k, v in row.items() if k != "stamp"} for row in rows]
     benchmark.extra_info["refused"] = checked.refused

@@ -135,11 +135,16 @@ class NCE:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A model of `vatt_engine.list_models()` and its clips per step, each with `candidates` captions."""
+    """A model of `vatt_engine.list_models()` and its clips per step, each with `candidates` captions.
+
+    `keep_rate` is DropToken's; `layers` cuts every tower to so many, 0 leaves them.
+    """
 
     model: str
     batch: int
     candidates: int = 5
+    keep_rate: float = 0.5
+    layers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,19 @@ class Data:
     codecs: tuple[str, ...] = ()  # of the shards that the files are prepared into
 
 
+# A model at each share of dropped tokens, with as many clips as its step on 80 GB should hold.
+STEPS = {
+    f"{model.removeprefix('vatt_').replace('_', '-')}-drop{dropped}": Step(
+        model=model, batch=batch, keep_rate=1 - dropped / 100
+    )
+    for model, batches in {
+        "vatt_bbs": (32, 64, 128, 128),
+        "vatt_mbs": (32, 32, 64, 128),
+        "vatt_lbs": (16, 32, 32, 64),
+        "vatt_ma_medium": (32, 32, 64, 128),
+    }.items()
+    for dropped, batch in zip((0, 25, 50, 75), batches)
+}
 SHAPES: dict[str, dict[str, dict[str, object]]] = {
     "tokenize": {
         "cpu": {
@@ -248,13 +266,8 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
         "sanitizer": {"ragged": NCE(batch=131, dim=24)},
     },
     "step": {
-        "cpu": {"tiny": Step(model="vatt_tiny", batch=16)},
-        "cuda": {
-            "tiny": Step(model="vatt_tiny", batch=16),
-            "bbs-32": Step(model="vatt_bbs", batch=32),
-            "bbs-128": Step(model="vatt_bbs", batch=128),
-            "ma-medium-32": Step(model="vatt_ma_medium", batch=32),
-        },
+        "cpu": {"tiny": Step(model="vatt_tiny", batch=16), "base-2": Step(model="vatt_bbs", batch=4, layers=2)},
+        "cuda": {"tiny": Step(model="vatt_tiny", batch=16), **STEPS},
     },
     "data": {
         "cpu": {

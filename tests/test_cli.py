@@ -172,6 +172,17 @@ MESSAGES = [
     (["demo-data", "world", "--num-train", "99999999"], "num_train must be in 1..1000000, got 99999999."),
     (["retrieve"], "vatt retrieve: --run must be a string, got nothing."),
     (["retrieve", "run", "more"], "vatt retrieve: the arguments before the flags must be RUN, got ['run', 'more']."),
+    (["visualize", "--data", "x", "--figure", "similarity"], "vatt visualize: --runs must be "),
+    (
+        ["visualize", "run", "--data", "x", "--figure", "tsne"],
+        "vatt visualize: --figure must be one of 'tsne-classes', 'tsne-modalities', 'similarity', 'activation', got ",
+    ),
+    (
+        ["visualize", "a", "--data", "x", "--figure", "activation", "--num-clips", "3"],
+        "num_clips must be at least 4, got 3.",
+    ),
+    (["report", "a", "a"], "runs must name different run folders, got a a."),
+    (["report", "run"], "config.yaml: the config file must exist"),
     (["doctor", "--foldr", "x"], "vatt doctor: --foldr must be a flag of this command, got an unknown one."),
 ]
 

@@ -220,7 +220,7 @@ def test_every_recipe_goes_through_yaml(tmp_path, name):
 def test_official_recipes_are_the_released_settings():
     config = load_config("vatt-ma-medium")
     assert config.model.name == "vatt_ma_medium"
-    assert (config.engine.steps, config.data.batch_size, config.engine.precision) == (500_000, 2048, "fp32")
+    assert (config.engine.steps, config.data.batch_size, config.engine.precision) == (500_000, 2048, "auto")
     schedule, optim = config.schedule, config.optim
     assert (optim.lr, schedule.final, schedule.warmup_steps, schedule.total_steps) == (1e-4, 5e-5, 5000, 500_000)
     assert (optim.name, optim.betas, optim.eps, optim.weight_decay, optim.clip_norm) == (

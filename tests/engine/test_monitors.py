@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vatt_engine.engine.monitors import memory, spread
+from vatt_engine.engine.monitors import memory, peak_flops, spread
 
 
 def test_spread_shows_collapse():
@@ -31,6 +31,14 @@ def test_effective_rank_is_the_definition():
 
 def test_a_sum_that_is_no_number_is_shown_as_such():
     assert all(map(math.isnan, spread(torch.tensor([[1.0, math.nan], [1.0, 2.0]])).values()))
+
+
+def test_peak_flops_go_by_the_name_of_the_gpu(monkeypatch):
+    found = {}
+    for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA GH200 480GB", "Tesla T4"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        found[name] = peak_flops(torch.device("cuda")) / 1e12
+    assert list(found.values()) == [989, 312, 989, 0]
 
 
 def test_memory_sees_what_is_allocated():

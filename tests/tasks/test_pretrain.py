@@ -325,7 +325,7 @@ def test_a_mixture_of_two_sets(config, world, tmp_path, capsys):
     path.write_text(dump_yaml(to_dict(replace(config, {"engine.steps": 5, "data.cache": "none"}))))
     assert main([str(path), *flags]) == 0
     said = capsys.readouterr().out
-    assert "vatt_tiny on cpu: 40 clips, " in said
+    assert "vatt_tiny on cpu in fp32: 40 clips, " in said
     assert "an epoch is 5 batches of 8 and leaves out 0 clips" in said
     saved = load_config(str(Path(config.out) / "config.yaml")).data
     assert (saved.train, saved.weights) == ((config.data.train, plain), (1.0, 1.0))

@@ -18,6 +18,7 @@ from vatt_engine.engine import checkpoint
 from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.logging import versions, write_text
 from vatt_engine.engine.optim import OptimConfig
+from vatt_engine.engine.precision import preferred_precision
 from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
 from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
 from vatt_engine.engine.strategies import DDP, Single, Trained, trainable
@@ -42,7 +43,8 @@ class EngineConfig:
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
         compile: torch.compile of the backbones; not with zero3.
-        precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32).
+        precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32); "auto" is
+            the one that the device is faster at, see `preferred_precision`.
         halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
             several ranks after a restart, which torchrun does), instead of stopping.
         max_skipped: steps in a row that may be skipped for a loss or gradient that is not finite.
@@ -63,7 +65,7 @@ class EngineConfig:
     offload: bool = False
     checkpoint_activations: bool = False
     compile: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     halve_on_oom: bool = False
     max_skipped: int = 20
     log_every: int = 50
@@ -84,8 +86,8 @@ class EngineConfig:
             raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
         if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
             raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"EngineConfig: precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"EngineConfig: precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}.")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"EngineConfig: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
         if self.offload and self.strategy not in ("zero2", "zero3"):
@@ -180,7 +182,8 @@ class Engine:
             self.parts = max(self.parts, int(path.read_text()))
         self.device = config.torch_device()
         self.module, self.loss = module, loss
-        self.trained = Trained(module, loss, autocast=config.precision == "bf16", compiled=config.compile)
+        self.precision = preferred_precision(self.device) if config.precision == "auto" else config.precision
+        self.trained = Trained(module, loss, autocast=self.precision == "bf16", compiled=config.compile)
         self.trained.to(self.device).train()
         if config.accumulate > 1 and not self.trained.splits:
             wanted = "have features and heads to accumulate"

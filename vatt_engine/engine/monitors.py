@@ -7,6 +7,19 @@ import math
 import torch
 from torch import Tensor
 
+# Dense bfloat16 products with float32 sums, FLOP per second, from NVIDIA's data sheets (SXM where there are several).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """What MFU is measured against: the bfloat16 peak of a GPU by its name, 0 where it is not known.
+
+    >>> peak_flops(torch.device("cpu"))
+    0.0
+    """
+    words = torch.cuda.get_device_name(device).replace("-", " ").split() if device.type == "cuda" else []
+    return max((PEAK_FLOPS.get(word, 0.0) for word in words), default=0.0)
+
 
 @torch.no_grad()
 def spread(x: Tensor) -> dict[str, float]:

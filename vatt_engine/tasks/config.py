@@ -82,6 +82,7 @@ def _official(name: str) -> PretrainConfig:
         out=f"runs/{name.replace('_', '-')}",
         model=model_config(name),
         data=DataConfig(batch_size=2048, num_workers=8),
+        engine=EngineConfig(precision="auto"),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vatt_engine.analysis.flops import step_flops
 from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_reduce_sum, rank, world_size
@@ -24,7 +25,7 @@ from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
 from vatt_engine.engine.logging import NoLog, RunLog, environment, write_text
-from vatt_engine.engine.monitors import memory, spread
+from vatt_engine.engine.monitors import memory, peak_flops, spread
 from vatt_engine.engine.peers import Peers
 from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
@@ -150,7 +151,8 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     # ------------------------------------------------ training
     steps = config.engine.steps
     with loader, _run_log(config, engine) as log:
-        log.say(f"{config.model.name} on {device}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
+        model_on = f"{config.model.name} on {device} in {engine.precision}"
+        log.say(f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
         log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
         log.say(f"clips are decoded by {loader.decoder}")
         if world_size() > 1:
@@ -179,8 +181,10 @@ def _run_log(config: PretrainConfig, engine: Engine) -> RunLog | NoLog:
     if rank() > 0:
         return NoLog()
     every = config.engine
-    sinks = {"tensorboard": every.tensorboard, "wandb": every.wandb}
-    return RunLog(config.out, every.steps, resume_step=engine.finished, **sinks)
+    options = {"tensorboard": every.tensorboard, "wandb": every.wandb, "peak_flops": peak_flops(engine.device)}
+    options["peak_flops"] *= world_size()
+    options["flops_per_clip"] = step_flops(config.model, candidates=max(config.data.num_candidates, 1)).model
+    return RunLog(config.out, every.steps, resume_step=engine.finished, **options)
 
 
 def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog, stop: StopSignals) -> None:

@@ -101,9 +101,9 @@ def check(_bench, case, given):
     """Who may be timed.
 
     Ours compiled: its loss may be as far from eager's as eager's own losses under other dropout masks are apart, plus
-    half of the digits; a model without dropout has but that. The plain peer, compiled or not, has our weights: it must give
-    our embeddings of two clips in evaluation mode, to half of the digits. Every peer: parameters and FLOPs within 1 %
-    of ours, without the FLOPs of the tokens that it makes and drops.
+    half of the digits; a model without dropout has but that. The plain peer, compiled or not, has our weights: it must
+    give our embeddings of two clips in evaluation mode, to half of the digits. Every peer: parameters and FLOPs within
+    1 % of ours, without the FLOPs of the tokens that it makes and drops.
     """
     checked = Checked({}, {}, {})
     shape, steppers = SHAPES[case.op][case.device][case.shape], given["steppers"]

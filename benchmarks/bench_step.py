@@ -101,9 +101,9 @@ def check(_bench, case, given):
     """Who may be timed.
 
     Ours compiled: its loss may be as far from eager's as eager's own losses under other dropout masks are apart, plus
-    one rounding; a model without dropout has but that. The plain peer, compiled or not, has our weights: it must give
-    our embeddings of two clips in evaluation mode, to half of the digits. Every peer: parameters and FLOPs within 1 %
-    of ours, without the FLOPs of the tokens that it makes and drops.
+    half of the digits; a model without dropout has but that. The plain peer, compiled or not, has our weights: it must
+    give our embeddings of two clips in evaluation mode, to half of the digits. Every peer: parameters and FLOPs within
+    1 % of ours, without the FLOPs of the tokens that it makes and drops.
     """
     checked = Checked({}, {}, {})
     shape, steppers = SHAPES[case.op][case.device][case.shape], given["steppers"]
@@ -132,8 +132,8 @@ def own_fault(name, given):
         return None
     eager = [first_loss(given["steppers"][OURS], given["batch"], draw) for draw in range(DROPOUT_DRAWS)]
     half = given["steppers"][OURS].config.precision == "bf16"
-    rounding = torch.finfo(torch.bfloat16 if half else torch.float32).eps * max(map(abs, eager))
-    allowed = max(eager) - min(eager) + rounding
+    digits = torch.finfo(torch.bfloat16 if half else torch.float32).eps ** 0.5
+    allowed = max(eager) - min(eager) + digits * max(map(abs, eager))
     loss = first_loss(given["steppers"][name], given["batch"], 0)
     if abs(loss - eager[0]) <= allowed:
         return None

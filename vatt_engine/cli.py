@@ -12,6 +12,7 @@ from vatt_engine.schema import ConfigError, nearest
 VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "finetune": ("vatt_engine.tasks.finetune", "train a classifier of actions, sounds or images on a trained tower"),
+    "probe": ("vatt_engine.tasks.probe", "linear classifiers on the frozen features of a trained run"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "prepare": ("vatt_engine.tasks.prepare", "transcode the files of a manifest into shards, once"),
     "data": ("vatt_engine.tasks.data", "manifests of known datasets; one index for prepared parts"),

@@ -23,7 +23,7 @@ class Batch:
         audio_mask: [B], bool, False where a sample has no audio (its row of `audio` is then zero).
         text_mask: [B], bool, False where a sample has no captions (its row of `text` is then zero).
         sample_id: [B], int64, a stable name of the sample.
-        label: [B], int64 class of the sample.
+        label: [B], int64 class of the sample; or [B, C] float, the share of each class where samples have several.
 
     >>> len(Batch(audio=torch.zeros(2, 128)))
     2

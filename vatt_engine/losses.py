@@ -20,8 +20,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional
 
-from vatt_engine.batch import Embeddings
+from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_gather, all_reduce_max, all_reduce_sum, rank, ring_shift, world_size
 from vatt_engine.ops.nce import FORMS, Ring, check_pair, nce_statistics, sample_losses
 
@@ -180,3 +181,74 @@ class VATTLoss(nn.Module):
         largest = largest.where(largest > -torch.inf, 0.0)
         # The largest one adds exactly 1, so clamp_min only meets the empty sums.
         return largest + all_reduce_sum((column - largest).exp(), self.group).clamp_min(1.0).log()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLossConfig:
+    """How a classifier is trained; which loss it is, its labels say.
+
+    Args:
+        label_smoothing: share of the target that goes to all classes alike; of one class per sample only.
+        balanced: weigh samples by how rare their classes are in the batch; of several classes per sample only.
+    """
+
+    label_smoothing: float = 0.0
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"ClassLossConfig: label_smoothing must be in [0, 1), got {self.label_smoothing}.")
+
+
+class ClassTerms(NamedTuple):
+    """Scalars in float32; `accuracy` is the share of the batch whose class has the largest logit."""
+
+    total: Tensor
+    accuracy: Tensor | None = None
+
+
+class ClassLoss(nn.Module):
+    """Cross-entropy of one class per sample, or binary cross-entropies of several, over this rank's batch.
+
+        label [B]:     mean_i -sum_c q_ic log softmax(x_i)_c,   q_i = (1 - s) onehot(y_i) + s / C
+        label [B, C]:  mean_i w_i sum_c -(y_ic log sigmoid(x_ic) + (1 - y_ic) log(1 - sigmoid(x_ic)))
+
+    with s the label smoothing, and w_i = 1, or of balanced classes `balanced_weights`.
+
+    Source: paper appendix A.2; official vatt/experiments/finetune.py.
+
+    >>> ClassLoss()(torch.zeros(2, 4), Batch(label=torch.tensor([0, 3]))).total.item()
+    1.386294...
+    """
+
+    def __init__(self, config: ClassLossConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ClassLossConfig()
+
+    def forward(self, logits: Tensor, batch: Batch) -> ClassTerms:
+        """Logits [B, C] and the labels of their batch -> the loss."""
+        logits, labels = logits.float(), batch.label
+        if labels.ndim == 1:
+            total = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            return ClassTerms(total, (logits.argmax(1) == labels).float().mean())
+        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
+        return ClassTerms((losses * balanced_weights(labels) if self.config.balanced else losses).mean())
+
+    def monitors(self) -> dict[str, float]:
+        """Nothing but the terms."""
+        return {}
+
+
+def balanced_weights(labels: Tensor) -> Tensor:
+    """Weight of each sample of a batch: the mean over its classes of one over how often the batch has them.
+
+        w_i = 1 / n_i sum_c y_ic / sum_b y_bc,   n_i = sum_c y_ic
+
+    Args:
+        labels: [B, C] float, >= 0; mixed ones too. A sample without a class has weight 0 (NaN in the official code).
+
+    >>> balanced_weights(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
+    [0.75, 0.5]
+    """
+    shares = labels / labels.sum(0).clamp_min(torch.finfo(labels.dtype).tiny)
+    return shares.sum(1) / labels.sum(1).clamp_min(torch.finfo(labels.dtype).tiny)

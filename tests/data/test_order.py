@@ -183,11 +183,10 @@ def test_weights_are_taken_as_written():
 @given(st.integers(1, 50), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5))
 def test_an_evaluation_sees_each_window_once(count, windows, world, share):
     ranks = [
-        list(evaluation_steps(count, share * world, num_windows=windows, rank=rank, world=world))
-        for rank in range(world)
+        list(evaluation_steps(count, share * world, num_views=windows, rank=rank, world=world)) for rank in range(world)
     ]
     places = [place for steps in ranks for step in steps for place in step.places]
-    assert [(place.sample, place.window) for place in places] == [(n, w) for n in range(count) for w in range(windows)]
+    assert [(place.sample, place.view) for place in places] == [(n, w) for n in range(count) for w in range(windows)]
     assert all(1 <= len(step.places) <= share for steps in ranks for step in steps)
     assert max(map(len, ranks)) - min(map(len, ranks)) <= windows
 

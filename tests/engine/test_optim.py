@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import Linear, Sequential
 
 from vatt_engine.engine.optim import KerasAdam, OptimConfig, build_optimizer, clip_by_global_norm
+from vatt_engine.engine.strategies import Single, Trained
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "g_schedules_optimizers.npz")
 GRADIENTS = torch.from_numpy(GOLDEN["opt/grads"])
@@ -187,3 +189,26 @@ def test_clip_edges():
 def test_rejects_bad_configs(values, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**values)
+
+
+def test_the_backbone_alone_is_clipped():
+    """One step of SGD at rate 1 without momentum moves weights by what is left of the gradients."""
+    trained = Trained(
+        Sequential(Linear(3, 4), Linear(4, 2)), lambda outputs, batch: None, autocast=False, compiled=False
+    )
+    gradients = [100 * torch.randn_like(parameter) for parameter in trained.parameters()]
+    config = OptimConfig(name="sgd", momentum=0.0, clip_norm=0.75, clip_prefix="model.0.")
+    single, before = Single(trained, config), [p.detach().clone() for p in trained.parameters()]
+    single.begin(1.0)
+    for parameter, gradient in zip(trained.parameters(), gradients):
+        parameter.grad = gradient.clone()
+    norm, taken = single.update()
+    moved = [b - p.detach() for b, p in zip(before, trained.parameters())]
+    total = torch.cat([g.flatten() for g in gradients]).norm()
+    assert taken
+    torch.testing.assert_close(norm, total)
+    assert torch.cat([m.flatten() for m in moved[:2]]).norm().item() == pytest.approx(0.75, rel=1e-4)
+    torch.testing.assert_close(moved[2:], gradients[2:], rtol=1e-5, atol=1e-4)
+    for parameter in list(trained.parameters())[2:]:  # a head that is not finite skips the step too
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    assert single.update()[1] is False

@@ -14,9 +14,11 @@ from vatt_engine.batch import Embeddings
 from vatt_engine.cli import main
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.words import Vocabulary
+from vatt_engine.models import create_model, save_pretrained
 from vatt_engine.schema import ConfigError, replace
 from vatt_engine.tasks.config import load_config
 from vatt_engine.tasks.pretrain import pretrain
@@ -146,3 +148,70 @@ def test_no_text_tasks_for_a_run_without_text(run, world):
 def test_refuses_what_is_no_run(world, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.yaml: the config file must exist"):
         retrieve(RetrieveConfig(run=str(tmp_path), data=str(world.heldout)))
+
+
+YOUCOOK = {
+    "database": {
+        "film": {
+            "subset": "validation",
+            "annotations": [
+                {"id": 0, "segment": [0, 2], "sentence": "cut the onion"},
+                {"id": 1, "segment": [3, 5], "sentence": "stir"},
+            ],
+        },
+        "other": {"subset": "validation", "annotations": [{"id": 0, "segment": [1, 4], "sentence": "the onion"}]},
+    }
+}
+MSRVTT = {
+    "videos": [
+        {"video_id": name, "split": "test", "start time": 3.0, "end time": 8.0, "category": 0, "url": "", "id": i}
+        for i, name in enumerate(("film", "other"))
+    ],
+    "sentences": [
+        {"video_id": name, "caption": "someone cooks", "sen_id": i} for i, name in enumerate(("film", "other"))
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "files", "clips"),
+    [
+        ("youcook2", "val", {"youcookii_annotations_trainval.json": json.dumps(YOUCOOK)}, 3),
+        (
+            "msrvtt",
+            "test1k",
+            {
+                "MSRVTT_data.json": json.dumps(MSRVTT),
+                "MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\n"
+                "ret0,msr0,film,cut the onion\nret1,msr1,other,stir\n",
+            },
+            2,
+        ),
+    ],
+)
+def test_imported_datasets_are_ranked(tmp_path, capsys, name, split, files, clips):
+    """From the annotations as they are distributed to the table: parts of one film are clips of their own."""
+    for number, stem in enumerate(("film", "other")):
+        frames = torch.randint(256, (50, 48, 48, 3), dtype=torch.uint8)
+        wave = 0.1 * torch.randn(60_000, generator=torch.Generator().manual_seed(number))
+        write_media(tmp_path / f"{stem}.mp4", frames, fps=10, waveform=wave, sample_rate=12_000)
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    folders = ["--media", str(tmp_path), "--annotations", str(tmp_path), "--out", str(tmp_path / "sets")]
+    assert main(["data", "import", name, *folders, "--split", split]) == 0
+    words = Vocabulary(["<pad>", "<unk>", "cut", "the", "onion", "stir"])
+    save_pretrained(create_model("vatt_tiny"), tmp_path / "model", vocabulary=words)
+    manifest = str(tmp_path / "sets" / f"{split}.jsonl")
+    assert main(["retrieve", str(tmp_path / "model"), "--data", manifest, "--fps", "12.5", "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "model" / "retrieval.json").read_text())
+    found = result["tasks"]["text -> video"]
+    assert (found["queries"], found["candidates"], result["num_windows"]) == (clips, clips, 4)
+    assert {"R@1", "R@5", "R@10", "MedR"} <= found.keys()
+    assert found["R@5"] == 100.0
+    assert "MedR" in capsys.readouterr().out
+
+
+def test_refuses_a_model_of_one_tower(tmp_path):
+    save_pretrained(create_model("vit_base", **{"video.transformer.num_layers": 1}), tmp_path)
+    with pytest.raises(ConfigError, match="the model must be a VATT, got vit_base, which has one tower alone"):
+        retrieve(RetrieveConfig(run=str(tmp_path), data="x.jsonl"))

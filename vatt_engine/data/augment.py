@@ -137,8 +137,24 @@ def center_crop(frames: Tensor, size: int) -> Tensor:
     >>> center_crop(torch.zeros(8, 64, 80, 3, dtype=torch.uint8), 48).shape
     torch.Size([8, 48, 48, 3])
     """
+    return side_crop(frames, size)
+
+
+def side_crop(frames: Tensor, size: int, index: int = 0, count: int = 1) -> Tensor:
+    """Square `index` of `count` that stand evenly along the long side, from its start to its end; 1: the centre.
+
+    Arguments, result, errors and scaling as center_crop (official: 3 squares in the evaluation of fine-tuned models).
+
+    >>> wide = torch.arange(80, dtype=torch.uint8).expand(2, 48, 80)[..., None].expand(2, 48, 80, 3)
+    >>> [side_crop(wide, 48, index, 3)[0, 0, 0, 0].item() for index in range(3)]
+    [0, 16, 32]
+    """
     _check_frames(frames, size)
-    return _resize_box(frames, _center_box(*frames.shape[1:3]), size)
+    height, width = frames.shape[1:3]
+    top, left, side, _ = _center_box(height, width)
+    if count > 1:
+        top, left = ((length - side) * index // (count - 1) for length in (height, width))
+    return _resize_box(frames, (top, left, side, side), size)
 
 
 def augment_audio(wave: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vatt_engine.data.augment import augment_audio, augment_video, center_crop
+from vatt_engine.data.augment import augment_audio, augment_video, side_crop
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Caption, Sample
 from vatt_engine.data.media import Clip, Media, MediaError, Track, open_media
@@ -23,7 +23,7 @@ from vatt_engine.data.words import Vocabulary
 class Decoded(NamedTuple):
     """Picture [T, S, S, 3] uint8 and sound [L] of a row; where it begins and its sample ends, seconds of the file."""
 
-    video: Tensor
+    video: Tensor | None
     audio: Tensor | None
     audio_mask: bool
     start: float
@@ -34,7 +34,7 @@ class Decoded(NamedTuple):
 class Row(NamedTuple):
     """One sample of a batch, in its final shape: video [T, S, S, 3] uint8, audio [L], text [P, W]."""
 
-    video: Tensor
+    video: Tensor | None
     audio: Tensor | None
     audio_mask: bool
     text: Tensor | None
@@ -50,7 +50,7 @@ class ClipReader:
         config: see DataConfig.
         vocabulary: turns captions into ids; None: rows without text.
         seed: of window and augmentation.
-        train: a random, augmented window; else evenly spaced ones, cropped at the centre.
+        train: a random, augmented window; else the evenly spaced ones, each with its crops.
 
     >>> ClipReader(DataConfig(), None, seed=0, train=False).row(sample, epoch=0).video.shape  # doctest: +SKIP
     """
@@ -60,17 +60,18 @@ class ClipReader:
         self._tracks: dict[Path, Future[Track | str]] = {}  # a str is why the file cannot be used
         self._cached_bytes, self._lock = 0, threading.Lock()
 
-    def row(self, sample: Sample, epoch: int, window: int = 0) -> Row:
-        """One sample, decoded, cut, augmented and encoded.
+    def row(self, sample: Sample, epoch: int, view: int = 0) -> Row:
+        """One sample, decoded, cut, augmented and encoded; of an evaluation, `view` is window x num_crops + crop.
 
         Raises:
             MediaError: the file cannot be used.
         """
-        return self.worded(sample, self.decode(sample, epoch, window))
+        return self.worded(sample, self.decode(sample, epoch, view))
 
-    def decode(self, sample: Sample, epoch: int, window: int = 0) -> Decoded:
+    def decode(self, sample: Sample, epoch: int, view: int = 0) -> Decoded:
         """The row without its words; the window lies within the sample, which repeats where it is shorter."""
         config, generator = self.config, generator_of(self.seed, epoch, sample.id)
+        window, crop = divmod(view, config.num_crops)
         source = self._track(sample) if config.cache == "memory" else self._media(sample)
         end = self._end(sample, source)
         if self.train:
@@ -78,10 +79,11 @@ class ClipReader:
         else:
             start = even_windows(end - sample.start, config.clip_seconds, config.num_windows)[window]
         clip = self._clip(source, sample.start + start, None if sample.end is None else end)
-        if self.train:
-            video = augment_video(clip.video, config.frame_size, config.augment, generator)
-        else:
-            video = center_crop(clip.video, config.frame_size)
+        video = clip.video
+        if video is not None and self.train:
+            video = augment_video(video, config.frame_size, config.augment, generator)
+        elif video is not None:
+            video = side_crop(video, config.frame_size, crop, config.num_crops)
         audio = None
         if config.num_samples:
             audio = torch.zeros(config.num_samples) if clip.audio is None else clip.audio
@@ -111,7 +113,7 @@ class ClipReader:
         part = min(seconds, end - start)
         clip = media.read(
             start,
-            num_frames=max(1, round(part * config.fps)),
+            num_frames=max(1, round(part * config.fps)) if config.num_frames else 0,
             fps=config.fps,
             num_samples=round(part * config.sample_rate) if config.num_samples else 0,
             sample_rate=config.sample_rate,
@@ -129,8 +131,10 @@ class ClipReader:
 
     def _media(self, sample: Sample) -> Media:
         media = open_media(sample, self.config.limits)
-        if not media.info.has_video:
+        if self.config.num_frames and not media.info.has_video:
             raise MediaError(sample.path, "the file must have a video track, got none.")
+        if not self.config.num_frames and not media.info.has_audio:
+            raise MediaError(sample.path, "the file must have an audio track, got none.")
         return media
 
     def _track(self, sample: Sample) -> Track:
@@ -153,6 +157,7 @@ class ClipReader:
     def _decoded(self, sample: Sample) -> Track:
         config, media = self.config, self._media(sample)
         form: dict[str, Any] = {"fps": config.fps, "sample_rate": config.sample_rate, "short_side": config.short_side}
+        form["pictures"] = config.num_frames > 0
         with self._lock:
             self._cached_bytes += media.track_bytes(**form)
             size = self._cached_bytes / 2**30

@@ -19,7 +19,7 @@ class DataConfig:
             several of them.
         weights: share of each of several sets in the batches, up to a common factor; none: all files alike.
         batch_size: clips per batch, over all ranks.
-        num_frames: frames per clip, T.
+        num_frames: frames per clip, T; 0 loads no picture, and takes files that have sound alone. An image is repeated.
         fps: frames per second of the clip, whatever the file has.
         frame_size: height and width of the frames a model gets, in pixels.
         num_samples: audio samples per clip, L; 0 loads no sound.
@@ -27,6 +27,10 @@ class DataConfig:
         num_candidates: captions per clip, P, the nearest in time; 0 loads no text.
         max_words: words per caption, W; longer ones are cut.
         num_windows: evaluation only: clips per file, evenly spaced; 1 takes the centre.
+        num_crops: evaluation only: squares per clip, evenly spaced along its long side, each a row of a batch; 1 takes
+            the centre.
+        num_classes: of a set whose samples have several classes each, C: the labels are then 0 or 1 per class; 0: one
+            class number per sample.
         decode_size: short side that larger frames are scaled down to before cropping; None: 8/7 of frame_size.
         cache: "memory" decodes each file once, whole, and cuts windows at its frames; for sets that fit.
         cache_gib: largest size of that cache in GiB.
@@ -61,6 +65,8 @@ class DataConfig:
     num_candidates: int = 5
     max_words: int = 16
     num_windows: int = 1
+    num_crops: int = 1
+    num_classes: int = 0
     decode_size: int | None = None
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 8.0
@@ -74,11 +80,13 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        lowest = {"num_samples": 0, "num_candidates": 0, "num_threads": 0, "num_workers": 0}
-        ones = ("batch_size", "num_frames", "frame_size", "sample_rate", "max_words", "num_windows", "prefetch")
-        for name, least in (lowest | dict.fromkeys(ones, 1)).items():
+        zeros = ("num_frames", "num_samples", "num_candidates", "num_threads", "num_workers", "num_classes")
+        ones = ("batch_size", "frame_size", "sample_rate", "max_words", "num_windows", "num_crops", "prefetch")
+        for name, least in (dict.fromkeys(zeros, 0) | dict.fromkeys(ones, 1)).items():
             if getattr(self, name) < least:
                 raise ValueError(f"DataConfig: {name} must be at least {least}, got {getattr(self, name)}.")
+        if not self.num_frames and not self.num_samples:
+            raise ValueError("DataConfig: num_samples must be at least 1 where num_frames is 0, got 0.")
         for name in ("fps", "cache_gib"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"DataConfig: {name} must be above 0, got {getattr(self, name)}.")
@@ -114,6 +122,11 @@ class DataConfig:
     def clip_seconds(self) -> float:
         """Length of a clip: the longer of picture and sound."""
         return max(self.num_frames / self.fps, self.num_samples / self.sample_rate)
+
+    @property
+    def num_views(self) -> int:
+        """Rows per sample of an evaluation: windows x crops."""
+        return self.num_windows * self.num_crops
 
     @property
     def short_side(self) -> int:

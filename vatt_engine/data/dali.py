@@ -86,6 +86,8 @@ def dali_missing(device: torch.device | str) -> str | None:
 
 def unfit(samples: Sequence[Sample], config: DataConfig, device: torch.device) -> str | None:
     """Why DALI cannot decode these samples on this device, or None."""
+    if not config.num_frames:
+        return "data.num_frames must be at least 1, got 0."
     for sample in samples:
         if not sample.in_shard:
             return f"the set must be prepared shards, got the file {sample.path}. See `vatt prepare`."
@@ -145,9 +147,9 @@ class DaliReader(ClipReader):
         self.device = torch.device(device)
         self._thread = threading.local()
 
-    def decode(self, sample: Sample, epoch: int, window: int = 0) -> Decoded:
+    def decode(self, sample: Sample, epoch: int, view: int = 0) -> Decoded:
         with self._context():
-            return super().decode(sample, epoch, window)
+            return super().decode(sample, epoch, view)
 
     def _media(self, sample: Sample) -> DaliMedia:
         return DaliMedia(sample, self.device)

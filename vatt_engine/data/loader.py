@@ -95,6 +95,9 @@ class Loader:
         self.epoch, self.position = 0, 0  # of the next batch, over all ranks
         self.quarantine = Quarantine(quarantine)
         self._has_labels = all(type(sample.label) is int for sample in samples)
+        if config.num_classes:
+            for sample in samples:
+                _check_classes(sample, config.num_classes)
         self._reader = ClipReader(config, vocabulary, seed=seed, train=train)
         self._executor: ThreadPoolExecutor | None = None
         self._workers: Workers | None = None
@@ -175,7 +178,7 @@ class Loader:
         ranks = {"rank": self.rank, "world": self.world}
         if self.train:
             return training_steps(self.order, self.batch_size, epoch=self.epoch, position=self.position, **ranks)
-        return evaluation_steps(len(self.samples), self.batch_size, num_windows=self.config.num_windows, **ranks)
+        return evaluation_steps(len(self.samples), self.batch_size, num_views=self.config.num_views, **ranks)
 
     def _take(self, futures: list[Future[_Made]], step: Step) -> list[Row]:
         """The usable rows of a batch; reports go to the quarantine in the order of the set."""
@@ -202,17 +205,17 @@ class Loader:
                 index = self.order.substitute(epoch, place.position, attempt)
             sample = self.samples[index]
             try:
-                row = self._row(sample, epoch, place.window)
+                row = self._row(sample, epoch, place.view)
             except MediaError as error:
                 reports.append((sample, error.reason, True))
                 continue
             return _Made(row, [*reports, (sample, row.note, False)] if row.note else reports)
         return _Made(None, reports)
 
-    def _row(self, sample: Sample, epoch: int, window: int) -> Row:
+    def _row(self, sample: Sample, epoch: int, view: int) -> Row:
         if self._workers is None:
-            return self._reader.row(sample, epoch, window)
-        decoded = self._workers.decode(sample, seed=self.order.seed, epoch=epoch, window=window)
+            return self._reader.row(sample, epoch, view)
+        decoded = self._workers.decode(sample, seed=self.order.seed, epoch=epoch, view=view)
         return self._reader.worded(sample, decoded)
 
     def _collate(self, rows: list[Row]) -> Batch:
@@ -228,8 +231,24 @@ class Loader:
             audio_mask=None if audio is None else torch.tensor([row.audio_mask for row in rows]),
             text_mask=None if text is None else torch.tensor([row.text_mask for row in rows]),
             sample_id=torch.tensor([row.sample.id for row in rows]),
-            label=torch.tensor([row.sample.label for row in rows]) if self._has_labels else None,
+            label=self._labels([row.sample.label for row in rows]),
         )
+
+    def _labels(self, labels: list[int | str | tuple[int, ...] | None]) -> Tensor | None:
+        """Class numbers [B], or of a set of many classes per sample 0 and 1 [B, C]."""
+        if not self.config.num_classes:
+            return torch.tensor(labels) if self._has_labels else None
+        hot = torch.zeros(len(labels), self.config.num_classes)
+        for row, label in zip(hot, labels):
+            row[list(label) if isinstance(label, tuple) else label] = 1
+        return hot
+
+
+def _check_classes(sample: Sample, num_classes: int) -> None:
+    label = (sample.label,) if type(sample.label) is int else sample.label
+    if not isinstance(label, tuple) or not all(0 <= one < num_classes for one in label):
+        expectation = f"be class numbers in 0..{num_classes - 1} where data.num_classes is {num_classes}"
+        raise ValueError(f"{sample.path}: label must {expectation}, got {sample.label!r}.")
 
 
 def join_sources(sources: Sequence[Sequence[Sample]]) -> tuple[list[Sample], list[int]]:

@@ -255,12 +255,17 @@ class Media:
         holes = [f"the {kind} must be whole, got a hole in it." for kind, reach in reached.items() if reach.holed]
         return _repeated(video, audio, start, num_frames, num_samples, num_real, " ".join(self._notes + holes))
 
-    def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> Track:
-        """The whole file; see decode."""
+    def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None, pictures: bool = True) -> Track:
+        """The whole file, or its sound alone; see decode."""
         count = self.frames_left(0.0, fps)
         num_samples = round(count / fps * sample_rate)
         clip = self.read(
-            0.0, num_frames=count, fps=fps, num_samples=num_samples, sample_rate=sample_rate, short_side=short_side
+            0.0,
+            num_frames=count if pictures else 0,
+            fps=fps,
+            num_samples=num_samples,
+            sample_rate=sample_rate,
+            short_side=short_side,
         )
         return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples, clip.note)
 
@@ -285,11 +290,11 @@ class Media:
                     silent = 0
                 silent += length - num_real
 
-    def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None) -> int:
+    def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None, pictures: bool = True) -> int:
         """The memory that `read_all` will need."""
         count = self.frames_left(0.0, fps)
         width, height = scaled_size(self.info.width, self.info.height, short_side)
-        return count * width * height * 3 + round(count / fps * sample_rate) * 4 * self.info.has_audio
+        return count * width * height * 3 * pictures + round(count / fps * sample_rate) * 4 * self.info.has_audio
 
     def _opened(self, source: Source) -> MediaInfo:
         with source.faults(), source.opened() as (container, streams):

@@ -16,11 +16,11 @@ MAX_PERIOD = 100_000  # positions after which the sources of a mixture come in t
 
 
 class Place(NamedTuple):
-    """One row of a batch: its position in the epoch over all ranks, the sample of the set, the window of that."""
+    """One row of a batch: its position in the epoch over all ranks, the sample of the set, the view of that."""
 
     position: int
     sample: int
-    window: int = 0
+    view: int = 0
 
 
 class Step(NamedTuple):
@@ -127,19 +127,19 @@ def training_steps(
 
 
 def evaluation_steps(
-    num_samples: int, batch_size: int, *, num_windows: int = 1, rank: int = 0, world: int = 1
+    num_samples: int, batch_size: int, *, num_views: int = 1, rank: int = 0, world: int = 1
 ) -> Iterator[Step]:
     """The batches of one rank that go through the set once, in its order.
 
-    Rank r takes samples [r N / W, (r + 1) N / W), rounded down, with all their windows: none is padded or seen twice,
+    Rank r takes samples [r N / W, (r + 1) N / W), rounded down, with all their views: none is padded or seen twice,
     the ranks' results one after the other are in the set's order, and a rank may have a batch less than another.
 
     >>> [[p.sample for p in step.places] for step in evaluation_steps(5, 4, rank=1, world=2)]
     [[2, 3], [4]]
     """
     share = rank_share(batch_size, world)
-    begin, end = (r * num_samples // world * num_windows for r in (rank, rank + 1))
-    places = [Place(p, *divmod(p, num_windows)) for p in range(begin, end)]
+    begin, end = (r * num_samples // world * num_views for r in (rank, rank + 1))
+    places = [Place(p, *divmod(p, num_views)) for p in range(begin, end)]
     for first in range(0, len(places), share):
         yield Step(0, begin + first, places[first : first + share])
 

@@ -48,7 +48,7 @@ class Workers:
         config: see DataConfig.
         train: see ClipReader.
 
-    >>> Workers(DataConfig(num_workers=2), train=False).decode(sample, seed=0, epoch=0, window=0)  # doctest: +SKIP
+    >>> Workers(DataConfig(num_workers=2), train=False).decode(sample, seed=0, epoch=0, view=0)  # doctest: +SKIP
     """
 
     def __init__(self, config: DataConfig, *, train: bool):
@@ -63,7 +63,7 @@ class Workers:
         """The processes that are running."""
         return [worker.pid for worker in self._all if worker.pid is not None]
 
-    def decode(self, sample: Sample, *, seed: int, epoch: int, window: int) -> Decoded:
+    def decode(self, sample: Sample, *, seed: int, epoch: int, view: int) -> Decoded:
         """See ClipReader.decode.
 
         Raises:
@@ -71,10 +71,10 @@ class Workers:
             ChildProcessError: no process can be started, or `close` was called meanwhile.
         """
         with self._borrowed() as worker:
-            reply, note = worker.ask(sample, {"seed": seed, "epoch": epoch, "window": window})
-            audio = None if worker.audio is None else worker.audio.clone()
+            reply, note = worker.ask(sample, {"seed": seed, "epoch": epoch, "view": view})
+            video, audio = (None if track is None else track.clone() for track in (worker.video, worker.audio))
             reply["note"] = " ".join(filter(None, (reply["note"], note)))
-            return Decoded(worker.video.clone(), audio, **reply)
+            return Decoded(video, audio, **reply)
 
     def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
         """See ClipReader.check; errors as `decode`, whose limit of time holds for each part."""
@@ -238,13 +238,13 @@ def _work(reader: ClipReader, channel: int, memory: int) -> None:
             ours.send(json.dumps(reply).encode())
 
 
-def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor, Tensor | None]) -> dict[str, Any]:
+def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor | None, Tensor | None]) -> dict[str, Any]:
     sample = _sample(task["sample"])
     try:
         if "start" in task:
             return dict(zip(("next", "note"), reader.check(sample, task["start"], task["seconds"])))
         reader.seed = task["seed"]
-        decoded = reader.decode(sample, task["epoch"], task["window"])
+        decoded = reader.decode(sample, task["epoch"], task["view"])
     except MediaError as error:
         return {"error": error.reason}
     for place, value in zip(tensors, (decoded.video, decoded.audio)):
@@ -268,14 +268,14 @@ def _exchange(channel: socket.socket, message: dict[str, Any], *files: int) -> d
     return json.loads(content) if content else None
 
 
-def _tensors(memory: int, config: DataConfig) -> tuple[Tensor, Tensor | None]:
+def _tensors(memory: int, config: DataConfig) -> tuple[Tensor | None, Tensor | None]:
     """Picture and sound of one row in shared memory."""
     size, count = (config.num_frames, config.frame_size, config.frame_size, 3), config.num_samples
     num_bytes = torch.Size(size).numel()
     begin = -(-num_bytes // 4) * 4
     os.ftruncate(memory, begin + 4 * count)
     pages = mmap.mmap(memory, begin + 4 * count)
-    video = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(size)
+    video = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(size) if num_bytes else None
     return video, torch.frombuffer(pages, dtype=torch.float32, count=count, offset=begin) if count else None
 
 

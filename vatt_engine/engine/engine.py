@@ -192,7 +192,7 @@ class Engine:
             )
         if config.checkpoint_activations:
             _checkpoint_activations(module)
-        self.strategy_name = _strategy_name(self.trained, config)
+        self.strategy_name = _strategy_name(self.trained, config, optim)
         self.strategy = _strategy(self.strategy_name, self.trained, config, optim)
         self.finished = 0  # steps
         self.skipped = 0  # of them, in the whole run
@@ -336,16 +336,19 @@ class Engine:
         return Path(self.run_dir)
 
 
-def _strategy_name(trained: Trained, config: EngineConfig) -> str:
+def _strategy_name(trained: Trained, config: EngineConfig, optim: OptimConfig) -> str:
     """The one to use: "auto" decided, "ddp" of one process is "single"."""
     if config.strategy == "single" and world_size() > 1:
         raise ValueError(f"engine: strategy must share the work of {world_size()} processes, got single.")
     if config.strategy.startswith("zero"):
+        if optim.clip_prefix:
+            text = f"be single or ddp where optim.clip_prefix is given, got {config.strategy}"
+            raise ValueError(f"engine: strategy must {text}. ZeRO knows the norm of all gradients alone.")
         return config.strategy
     if world_size() == 1:
         return "single"
     many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
-    return "zero2" if config.strategy == "auto" and many else "ddp"
+    return "zero2" if config.strategy == "auto" and many and not optim.clip_prefix else "ddp"
 
 
 def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:

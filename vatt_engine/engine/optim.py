@@ -27,6 +27,8 @@ class OptimConfig:
         momentum: SGD's momentum, in [0, 1).
         weight_decay: decoupled decay, w -= lr * weight_decay * w, of parameters with two or more axes.
         clip_norm: global gradient norm above which the engine scales gradients down; 0 leaves them alone.
+        clip_prefix: of the names of the parameters that this concerns; "model.encoder." of a classifier leaves its head
+            alone.
 
     Raises:
         ValueError: a constant is out of its range.
@@ -42,6 +44,7 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    clip_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.name not in ("adam", "sgd"):

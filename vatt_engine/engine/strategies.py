@@ -89,6 +89,10 @@ class Single:
     def __init__(self, trained: Trained, optim: OptimConfig, *, on_cpu: bool | None = None):
         self.trained, self.clip_norm = trained, optim.clip_norm
         self.parameters = trainable(trained)
+        self.clipped = {name for name in self.parameters if name.startswith(optim.clip_prefix)}
+        if not self.clipped:
+            names = f"{next(iter(self.parameters))} and others"
+            raise ValueError(f"optim: clip_prefix must begin the name of {names}, got {optim.clip_prefix!r}.")
         self.optimizer = build_optimizer(self.parameters.items(), optim, on_cpu=on_cpu)
 
     def begin(self, lr: float) -> None:
@@ -107,8 +111,12 @@ class Single:
 
     def update(self) -> tuple[Tensor, bool]:
         """Clip the gradients and step, unless one is not finite: (their norm before, whether it stepped)."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        named = [(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
+        gradients = [grad for name, grad in named if name in self.clipped]
         norm = clip_by_global_norm(gradients, self.clip_norm) if self.clip_norm else nn.utils.get_total_norm(gradients)
+        if len(gradients) < len(named):
+            others = nn.utils.get_total_norm([grad for name, grad in named if name not in self.clipped])
+            norm = torch.hypot(norm, others)
         finite = bool(norm.isfinite())  # the one wait for the device
         if finite:
             self.optimizer.step()

@@ -1,7 +1,14 @@
 """nn.Modules made of ops, and the named sizes of the paper."""
 
 from vatt_engine.models.config import EncoderConfig, VATTConfig
-from vatt_engine.models.pretrained import from_pretrained, load_weights, save_pretrained
+from vatt_engine.models.pretrained import (
+    from_pretrained,
+    load_tower,
+    load_weights,
+    save_pretrained,
+    tower_config,
+    tower_weights,
+)
 from vatt_engine.models.registry import build_model, create_model, list_models, model_config
 from vatt_engine.models.vatt import VATT
 
@@ -13,7 +20,10 @@ __all__ = [
     "create_model",
     "from_pretrained",
     "list_models",
+    "load_tower",
     "load_weights",
     "model_config",
     "save_pretrained",
+    "tower_config",
+    "tower_weights",
 ]

@@ -137,6 +137,12 @@ class PositionEmbedding(nn.Module):
             total = total.transpose(0, 1)
         return self.norm(total.reshape(-1, total.shape[-1]))
 
+    def resampled(self, tables: Sequence[Tensor], grid: Sequence[int]) -> list[Tensor]:
+        """The tables of another grid at the sizes of these, to be loaded (official: once, where fine-tuning starts)."""
+        if self.frame is not None:
+            return [resample_table(tables[0], len(self.tables[0])), resample_frame(tables[1], grid[1:], self.frame)]
+        return [resample_table(table, len(own)) for table, own in zip(tables, self.tables)]
+
 
 def resample_table(table: Tensor, size: int) -> Tensor:
     """Resample a position table [n, D] to [size, D] by the spline of tfa.image.interpolate_spline(order=3).

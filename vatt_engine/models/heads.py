@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vatt_engine.batch import Embeddings
+from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_reduce_sum
 from vatt_engine.models import init
 from vatt_engine.models.config import HeadConfig
@@ -131,4 +131,13 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal -> logits [B, num_classes]."""
-        return self.head(self.dropout(self.encoder(x, seed=seed, sample_id=sample_id)[:, 0]))
+        return self.heads(self.encoder(x, seed=seed, sample_id=sample_id)[:, 0])
+
+    def features(self, batch: Batch, *, seed: int | Tensor | None = None) -> dict[str, Tensor]:
+        """What `heads` takes, of the batch's signal of `config.modality`; no row depends on another."""
+        signal = getattr(batch, self.config.modality)
+        return {"pooled": self.encoder(signal, seed=seed, sample_id=batch.sample_id)[:, 0]}
+
+    def heads(self, pooled: Tensor) -> Tensor:
+        """Pooled features [B, D] -> logits [B, num_classes]."""
+        return self.head(self.dropout(pooled))

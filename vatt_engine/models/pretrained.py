@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vatt_engine import schema
 from vatt_engine.models.config import EncoderConfig, VATTConfig
-from vatt_engine.models.registry import build_model
+from vatt_engine.models.registry import ModelConfig, build_model
+from vatt_engine.models.vatt import PatchEncoder
+
+Modality = Literal["video", "audio"]
 
 _KINDS = {"VATTConfig": VATTConfig, "EncoderConfig": EncoderConfig}
 
@@ -100,3 +105,60 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(weights[name])
+
+
+def tower_config(config: ModelConfig, modality: Modality) -> EncoderConfig:
+    """One modality's way through a model as an encoder of its own, without a classifier.
+
+    A modality-agnostic model's is its stem, the shared transformer and its last projection.
+
+    Raises:
+        ValueError: an encoder of another modality.
+
+    >>> tower_config(VATTConfig(backbone="agnostic"), "audio").audio.post_projection
+    1024
+    """
+    if isinstance(config, EncoderConfig):
+        if config.modality != modality:
+            raise ValueError(f"tower_config: config must have a {modality} tower, got the {config.modality} encoder.")
+        return replace(config, num_classes=0)
+    part = getattr(config, modality)
+    if config.backbone == "agnostic":
+        part = replace(part, transformer=config.shared, post_projection=config.shared_projection)
+    return EncoderConfig(name=config.name, modality=modality, **{modality: part})
+
+
+def tower_weights(config: ModelConfig, weights: Mapping[str, Tensor], modality: Modality) -> dict[str, Tensor]:
+    """Of a model's weights by name those of the encoder that `tower_config` describes, by its names."""
+    if isinstance(config, EncoderConfig):
+        parts = {"encoder.": ""} if config.num_classes else {"": ""}
+    elif config.backbone == "agnostic":
+        parts = {f"backbone.stems.{modality}.": "stem.", "backbone.transformer.": "transformer."}
+        parts[f"backbone.post_projections.{modality}."] = "post_projection."
+    else:
+        parts = {f"{modality}.": ""}
+    found = ((old, new, name) for old, new in parts.items() for name in weights if name.startswith(old))
+    return {new + name.removeprefix(old): weights[name] for old, new, name in found}
+
+
+def load_tower(encoder: PatchEncoder, config: EncoderConfig, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a tower into an encoder of another input size: position tables are resampled.
+
+    Args:
+        encoder: of the same sizes otherwise.
+        config, weights: from `tower_config` and `tower_weights`.
+
+    Raises:
+        ValueError: something else than the position tables has another shape, is missing or unknown.
+    """
+    position = encoder.stem.position
+    names = [f"stem.position.tables.{axis}" for axis in range(len(position.tables))]
+    tables = [weights[name] for name in names if name in weights]
+    if len(tables) == len(names):
+        grid = getattr(config, config.modality).grid
+        weights = {**weights, **dict(zip(names, position.resampled(tables, grid)))}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ValueError(f"load_tower: weights must be those of the encoder, got: {reason}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
@@ -31,6 +32,20 @@ class WordsConfig:
     vectors: str | None = None
 
 
+class RunConfig(Protocol):
+    """What the configs of all runs have, whatever they train."""
+
+    verb: ClassVar[str]  # the command that makes such runs
+    out: str
+    data: DataConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    engine: EngineConfig
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Self-supervised pre-training on video, audio and text.
@@ -40,6 +55,7 @@ class PretrainConfig:
             plots/, and at the end model/, which `from_pretrained` loads.
     """
 
+    verb: ClassVar[str] = "pretrain"
     out: str = "runs/pretrain"
     model: VATTConfig = field(default_factory=VATTConfig)
     text: WordsConfig = field(default_factory=WordsConfig)
@@ -145,7 +161,7 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 }
 
 
-def recipe(name: str, *, where: str = "vatt pretrain") -> PretrainConfig:
+def recipe(name: str, recipes: dict[str, Callable[[], C]] = RECIPES, *, where: str = "vatt pretrain") -> C:
     """A recipe's config by its name, `-` or `_`.
 
     Raises:
@@ -155,12 +171,12 @@ def recipe(name: str, *, where: str = "vatt pretrain") -> PretrainConfig:
     5000
     """
     key = name.replace("-", "_")
-    if key not in RECIPES:
-        raise ConfigError(f"{where}: recipe must be one of {', '.join(RECIPES)}, got {name!r}. {nearest(key, RECIPES)}")
-    return RECIPES[key]()
+    if key not in recipes:
+        raise ConfigError(f"{where}: recipe must be one of {', '.join(recipes)}, got {name!r}. {nearest(key, recipes)}")
+    return recipes[key]()
 
 
-def load_config(source: str) -> PretrainConfig:
+def load_config(source: str, kind: type[C] = PretrainConfig, recipes: dict[str, Callable[[], C]] = RECIPES) -> C:
     """The config of a recipe's name, or of a YAML file: its optional `recipe:` as a base, its other keys on top.
 
     Raises:
@@ -171,13 +187,13 @@ def load_config(source: str) -> PretrainConfig:
     """
     is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
     if not is_file:
-        return recipe(source)
+        return recipe(source, recipes, where=f"vatt {kind.verb}")
     document = load_yaml(source)
-    values, base = dict(document.values), PretrainConfig()
+    values, base = dict(document.values), kind()
     if "recipe" in values:
         name = values.pop("recipe")
         where = f"{document.where}:{document.lines['recipe']}"
         if not isinstance(name, str):
-            raise ConfigError(f"{where}: recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
-        base = recipe(name, where=where)
-    return from_dict(PretrainConfig, values, where=document.where, base=base, lines=document.lines)
+            raise ConfigError(f"{where}: recipe must be one of {', '.join(recipes)}, got {name!r}.")
+        base = recipe(name, recipes, where=where)
+    return from_dict(kind, values, where=document.where, base=base, lines=document.lines)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import Loader, QuarantineError, join_sources
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
-from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine, StepOutput
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
@@ -29,17 +28,18 @@ from vatt_engine.engine.monitors import memory, peak_flops, spread
 from vatt_engine.engine.peers import Peers
 from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
-from vatt_engine.models import VATT, VATTConfig, build_model, save_pretrained
+from vatt_engine.models import build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
-from vatt_engine.tasks.config import RECIPES, PretrainConfig, WordsConfig, load_config
+from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, load_config
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.words import load_vectors, load_vocabulary
 
-USAGE = """usage: vatt pretrain CONFIG [--resume [RUN]] [--section.field value ...]
-       vatt pretrain --resume RUN
+USAGE = """usage: vatt {verb} CONFIG [--resume [RUN]] [--section.field value ...]
+       vatt {verb} --resume RUN
 
 CONFIG is a YAML file or a recipe: {recipes}.
 --resume RUN continues the run in that folder; without RUN the one in --out.
-`vatt pretrain CONFIG --help` lists the flags with their values in that config."""
+`vatt {verb} CONFIG --help` lists the flags with their values in that config."""
 
 
 BAD_DATA = 1  # beside the numbers of signals: a rank has too many bad files
@@ -64,17 +64,27 @@ class PretrainLoss(VATTLoss):
 
 
 def main(argv: Sequence[str]) -> int:
+    return command(argv, PretrainConfig, RECIPES, pretrain)
+
+
+def command(
+    argv: Sequence[str], kind: type[RunConfig], recipes: dict[str, Callable[[], RunConfig]], job: Callable[..., int]
+) -> int:
+    """The command line of a verb that trains: a config's flags and --resume, and what stops it as one message."""
     words, resume, run = _take_resume(list(argv))
     source = words.pop(0) if words and not words[0].startswith("-") else None
     if source is None and run is None:
-        print(USAGE.format(recipes=", ".join(RECIPES)), file=sys.stdout if "--help" in words else sys.stderr)
+        print(
+            USAGE.format(verb=kind.verb, recipes=", ".join(recipes)),
+            file=sys.stdout if "--help" in words else sys.stderr,
+        )
         return 0 if "--help" in words or "-h" in words else 2
-    config = load_config(source if source is not None else str(Path(run) / "config.yaml"))
+    config = load_config(source if source is not None else str(Path(run) / "config.yaml"), kind, recipes)
     if run is not None:
         config = replace(config, {"out": run})
-    config = parse_flags(config, words, prog="vatt pretrain")
+    config = parse_flags(config, words, prog=f"vatt {kind.verb}")
     try:
-        return pretrain(config, resume=resume)
+        return job(config, resume=resume)
     except TrainingStopped as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
@@ -108,25 +118,34 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> int:
     >>> pretrain(load_config("demo"))  # doctest: +SKIP
     0
     """
+    return supervised(config, lambda stop: _pretrain(config, resume, stop))
+
+
+def supervised(config: RunConfig, job: Callable[[StopSignals], int]) -> int:
+    """A job of all ranks, which signals may stop; its exit code, or 128 + the signal's number.
+
+    Raises:
+        TrainingStopped: memory ran out, or the job says so.
+    """
     with StopSignals() as stop:
         try:
             with joined_ranks(config.engine.torch_device()), Peers():
-                return _train(config, resume, stop)
+                return job(stop)
         except StopRequested as signal:
             print(f"{signal}: no step of this start was finished, nothing had to be saved.", file=sys.stderr)
             return 128 + stop.received
         except torch.OutOfMemoryError as error:
-            raise TrainingStopped(f"vatt pretrain: {OUT_OF_MEMORY}") from error
+            raise TrainingStopped(f"vatt {config.verb}: {OUT_OF_MEMORY}") from error
 
 
-def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
+def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     run_dir, seed = Path(config.out), config.engine.seed
     device = config.engine.torch_device()
     config.check_shapes()
 
     # ------------------------------------------------ words, data, model, loss
-    samples, sizes = join_sources([read_training_manifest(path) for path in config.data.sources])
-    resume = bool(largest_of_ranks(int(_open_run(run_dir, resume)), device))  # none writes before all have looked
+    samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
+    resume = open_run(config, resume)
     kept = run_dir / "tokenizer.json"
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
@@ -140,33 +159,14 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
 
-    # ------------------------------------------------ run folder
-    if resume:
-        _resume(engine, loader, config)
-    if rank() == 0:
-        vocabulary.save(run_dir / "tokenizer.json")
-        write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
-        write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
-
     # ------------------------------------------------ training
-    steps = config.engine.steps
-    with loader, _run_log(config, engine) as log:
-        model_on = f"{config.model.name} on {device} in {engine.precision}"
-        log.say(f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}")
-        log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
-        log.say(f"clips are decoded by {loader.decoder}")
-        if world_size() > 1:
-            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
-        if config.text.vectors is not None:
-            log.say(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
-        if engine.finished >= steps:
-            log.say(f"nothing to train: step {engine.finished} of {steps} is done; raise --engine.steps to go on")
-        if config.schedule.total_steps != steps:
-            log.say(f"note: schedule.total_steps is {config.schedule.total_steps}, engine.steps {steps}")
-        _loop(config, engine, loader, log, stop)
-        stopped = engine.finished < steps
-        if stopped:
-            log.say(f"stopped after step {engine.finished}; continue with: vatt pretrain --resume {run_dir}")
+    if rank() == 0:
+        vocabulary.save(kept)
+    model_on = f"{config.model.name} on {device} in {engine.precision}"
+    notes = [f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}"]
+    if config.text.vectors is not None:
+        notes.append(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
+    stopped = train(config, engine, loader, stop, resume=resume, notes=notes)
     weights = engine.strategy.export_state()["model"]  # of all ranks
     if rank() == 0:
         if not stopped:
@@ -177,7 +177,49 @@ def _train(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     return 128 + stop.received if stopped else 0
 
 
-def _run_log(config: PretrainConfig, engine: Engine) -> RunLog | NoLog:
+def train(
+    config: RunConfig,
+    engine: Engine,
+    loader: Loader,
+    stop: StopSignals,
+    *,
+    resume: bool,
+    notes: Sequence[str],
+    prepare: Callable[[Batch, int], Batch] | None = None,
+) -> bool:
+    """The steps of a run in its folder, which `open_run` has opened; whether it stopped before the last of them.
+
+    Args:
+        resume: from the newest checkpoint.
+        notes: lines to begin with.
+        prepare: changes a batch for the step after so many finished ones.
+    """
+    run_dir, device, steps = Path(config.out), engine.device, config.engine.steps
+    if resume:
+        _resume(engine, loader, config)
+    if rank() == 0:
+        write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
+        write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
+
+    with loader, _run_log(config, engine) as log:
+        for note in notes:
+            log.say(note)
+        log.say(f"an epoch is {len(loader)} batches of {loader.batch_size} and leaves out {loader.num_dropped} clips")
+        log.say(f"clips are decoded by {loader.decoder}")
+        if world_size() > 1:
+            log.say(f"{world_size()} processes, strategy {engine.strategy_name}")
+        if engine.finished >= steps:
+            log.say(f"nothing to train: step {engine.finished} of {steps} is done; raise --engine.steps to go on")
+        if config.schedule.total_steps != steps:
+            log.say(f"note: schedule.total_steps is {config.schedule.total_steps}, engine.steps {steps}")
+        _loop(config, engine, loader, log, stop, prepare)
+        stopped = engine.finished < steps
+        if stopped:
+            log.say(f"stopped after step {engine.finished}; continue with: vatt {config.verb} --resume {run_dir}")
+    return stopped
+
+
+def _run_log(config: RunConfig, engine: Engine) -> RunLog | NoLog:
     if rank() > 0:
         return NoLog()
     every = config.engine
@@ -187,7 +229,14 @@ def _run_log(config: PretrainConfig, engine: Engine) -> RunLog | NoLog:
     return RunLog(config.out, every.steps, resume_step=engine.finished, **options)
 
 
-def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog, stop: StopSignals) -> None:
+def _loop(
+    config: RunConfig,
+    engine: Engine,
+    loader: Loader,
+    log: RunLog | NoLog,
+    stop: StopSignals,
+    prepare: Callable[[Batch, int], Batch] | None,
+) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
     every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)
     window, fault = Window(), None
@@ -207,7 +256,7 @@ def _loop(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | 
             loader.load_state_dict(place)
             break
         window.waited += time.perf_counter() - start
-        out = engine.step(batch)
+        out = engine.step(batch if prepare is None else prepare(batch, engine.finished))
         stop.begin()
         window.add(out, loader.batch_size)
         if engine.finished % every.log_every == 0 or engine.finished == every.steps:
@@ -248,13 +297,13 @@ class Window:
         log.write(engine.finished, values, clips=self.clips)
 
 
-def _save_end(config: PretrainConfig, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
+def _save_end(config: RunConfig, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
     try:
         engine.save(loader=loader.state_dict(), config_sha256=config_hash(config))
     except OSError as error:
         raise TrainingStopped(
             f"{config.out}: the checkpoint of step {engine.finished} must fit on the disk, got: {error}. Older ones "
-            f"are intact, `vatt pretrain --resume {config.out}` goes on from the newest."
+            f"are intact, `vatt {config.verb} --resume {config.out}` goes on from the newest."
         ) from error
     finally:
         for line in engine.writer.news():
@@ -273,7 +322,17 @@ def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog | NoLog) -> None:
     log.event(step, "the loss jumps: went back and skipped the data since then", to=found.step)
 
 
-def _open_run(run_dir: Path, resume: bool) -> bool:
+def open_run(config: RunConfig, resume: bool) -> bool:
+    """Open the run folder on every rank; whether there is a checkpoint to resume.
+
+    Raises:
+        ConfigError: it holds another run, or is no folder.
+    """
+    found = _open_run(Path(config.out), resume, config.verb)
+    return bool(largest_of_ranks(int(found), config.engine.torch_device()))  # none writes before all have looked
+
+
+def _open_run(run_dir: Path, resume: bool, verb: str) -> bool:
     """Make the run folder, or refuse one that holds another run; whether there is a checkpoint to resume."""
     if resume:
         if not has_checkpoint(run_dir):
@@ -283,7 +342,7 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
     if (run_dir / "metrics.jsonl").exists() or has_checkpoint(run_dir):
         raise ConfigError(
             f"{run_dir}: --out must be a new run folder, got one that holds a run. "
-            f"Continue it with `vatt pretrain --resume {run_dir}`, or choose another --out."
+            f"Continue it with `vatt {verb} --resume {run_dir}`, or choose another --out."
         )
     for name in ("config.yaml", "env.json", "tokenizer.json", "quarantine.jsonl", "model"):
         if (run_dir / name).exists():
@@ -294,7 +353,7 @@ def _open_run(run_dir: Path, resume: bool) -> bool:
     return False
 
 
-def _resume(engine: Engine, loader: Loader, config: PretrainConfig) -> None:
+def _resume(engine: Engine, loader: Loader, config: RunConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
         _tell(reason)
@@ -311,7 +370,7 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def read_training_manifest(path: str) -> list[Sample]:
+def read_training_manifest(path: str, verb: str) -> list[Sample]:
     """The samples to train on.
 
     Raises:
@@ -319,63 +378,11 @@ def read_training_manifest(path: str) -> list[Sample]:
     """
     if not path:
         hint = "`vatt demo-data DIRECTORY` makes a small world with one."
-        raise ConfigError(f"vatt pretrain: --data.train must be the path of a manifest, got none. {hint}")
+        raise ConfigError(f"vatt {verb}: --data.train must be the path of a manifest, got none. {hint}")
     return read_samples(path)
 
 
-def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:
-    """The vocabulary the run was started with (`kept`), else the configured one, else one trained on the captions.
-
-    Raises:
-        ValueError: it has more words than the model's table, or there is no caption to train it on.
-    """
-    limit, path = config.model.text.vocabulary_size, kept or config.text.vocabulary
-    if path is None and not config.data.num_candidates:
-        return Vocabulary(["<pad>", "<unk>"])
-    if path is None:
-        if not any(sample.captions for sample in samples):
-            hint = "Train on video and audio alone with --data.num-candidates 0."
-            raise ConfigError(f"{', '.join(config.data.sources)}: the manifest must have captions, got none. {hint}")
-        return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
-    vocabulary = Vocabulary.load(path)
-    if vocabulary.size > limit:
-        raise ConfigError(
-            f"{path}: vocabulary must fit model.text.vocabulary_size {limit}, got {vocabulary.size} words."
-        )
-    return vocabulary
-
-
-def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary) -> int:
-    """Put word vectors into the model's table; returns the number of words that have one.
-
-    Raises:
-        ValueError: the table would be frozen with random vectors, or the file's width is not the table's.
-    """
-    if words.vectors is None:
-        if config.text.freeze_embedding:
-            raise ConfigError(
-                "text.vectors must be given where model.text.freeze_embedding is true, got none: random word vectors "
-                "would stay random. Give a word2vec file, or set model.text.freeze_embedding to null."
-            )
-        return 0
-    table, found = match_vectors(vocabulary, *load_word_vectors(words.vectors))
-    if not found.any():
-        raise ConfigError(f"{words.vectors}: word vectors must be of words of the vocabulary, got none of its words.")
-    weight = model.word_embedding.weight
-    if table.shape[1] != weight.shape[1]:
-        raise ConfigError(
-            f"{words.vectors}: word vectors must have width model.text.embedding_dim {weight.shape[1]}, "
-            f"got {table.shape[1]}."
-        )
-    rows = torch.zeros_like(weight)
-    rows[: len(table)] = table
-    marks = torch.zeros(len(weight), dtype=torch.bool)
-    marks[: len(found)] = found
-    model.word_embedding.load_vectors(rows, marks)
-    return int(marks.sum())
-
-
-def config_hash(config: PretrainConfig) -> str:
+def config_hash(config: RunConfig) -> str:
     """SHA-256 of the config without its run folder and its length, which a resumed run may change."""
     values: dict[str, Any] = to_dict(replace(config, {"out": "any", "engine.steps": 1}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from vatt_engine.analysis.report import plot_similarity, table
 from vatt_engine.analysis.similarity import retrieval_metrics
 from vatt_engine.batch import Batch
+from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
 from vatt_engine.engine.logging import write_text
-from vatt_engine.models import VATT, build_model
+from vatt_engine.models import VATT, build_model, from_pretrained
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.config import PretrainConfig, load_config
 from vatt_engine.tasks.flags import parse_flags
@@ -35,9 +36,10 @@ class RetrieveConfig:
     The text of a clip is its first caption. Writes RUN/retrieval.json and RUN/plots/similarity-*.png.
 
     Args:
-        run: run folder of `vatt pretrain`.
+        run: run folder of `vatt pretrain`, or a folder that holds a model and its tokenizer.json.
         data: manifest or shards of clips the run has not seen.
         num_windows: windows per clip, whose embeddings are averaged before they are normalised (official: 4).
+        fps: of the clips; None: as the run was trained (official: 12.5).
         batch_size: windows embedded at once.
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
@@ -45,6 +47,7 @@ class RetrieveConfig:
     run: str
     data: str
     num_windows: int = 4
+    fps: float | None = None
     batch_size: int = 32
     device: str = "auto"
 
@@ -84,7 +87,7 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     run_dir = Path(config.run)
     run, model, vocabulary, step = load_run(run_dir, config.device)
     samples = read_samples(config.data)
-    data = dataclasses.replace(run.data, num_windows=config.num_windows)
+    data = dataclasses.replace(run.data, num_windows=config.num_windows, fps=config.fps or run.data.fps)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
         found = embed_clips(model, loader, samples)
         faults = {
@@ -127,13 +130,15 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
 
 
 def load_run(run_dir: Path, device: str = "auto") -> tuple[PretrainConfig, VATT, Vocabulary, int]:
-    """Config, model in evaluation mode, vocabulary and step of a run's newest valid checkpoint.
+    """Config, model in evaluation mode, vocabulary and step of a run's newest valid checkpoint; or a model's, step 0.
 
     Raises:
         ValueError: the folder is no run, or no checkpoint is valid and fits its config.
     """
+    if (run_dir / "config.json").is_file():
+        config, model = _of_model(run_dir)
+        return config, model.to(_target(config, device)), Vocabulary.load(run_dir / "tokenizer.json"), 0
     config = load_config(str(run_dir / "config.yaml"))
-    target = dataclasses.replace(config.engine, device=device).torch_device()
     checkpoint = load_latest(run_dir)
     for reason in checkpoint.skipped:
         print(reason)
@@ -145,7 +150,26 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[PretrainConfig, VATT,
         raise CheckpointError(
             f"{checkpoint.path}: the weights must fit {run_dir / 'config.yaml'}, got: {reason}"
         ) from error
-    return config, model.to(target).eval(), Vocabulary.load(run_dir / "tokenizer.json"), checkpoint.step
+    return (
+        config,
+        model.to(_target(config, device)).eval(),
+        Vocabulary.load(run_dir / "tokenizer.json"),
+        checkpoint.step,
+    )
+
+
+def _target(config: PretrainConfig, device: str) -> torch.device:
+    return dataclasses.replace(config.engine, device=device).torch_device()
+
+
+def _of_model(folder: Path) -> tuple[PretrainConfig, VATT]:
+    """A model's folder as if a run had trained it on clips of its size, at the paper's rates."""
+    model = from_pretrained(folder)
+    if not isinstance(model, VATT):
+        raise ConfigError(f"{folder}: the model must be a VATT, got {model.config.name}, which has one tower alone.")
+    video, audio, text = model.config.video, model.config.audio, model.config.text
+    sizes = {"num_frames": video.num_frames, "frame_size": video.frame_size[0], "num_samples": audio.num_samples}
+    return PretrainConfig(model=model.config, data=DataConfig(max_words=text.max_words, **sizes)), model
 
 
 def embed_clips(model: VATT, loader: Loader, samples: Sequence[Sample]) -> dict[str, dict[int, Tensor]]:

@@ -1,0 +1,233 @@
+"""Fine-tuning on a small real world: recipes, towers, losses that fall, mixup, views, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tasks.test_pretrain import SMALL
+
+from vatt_engine.batch import Batch
+from vatt_engine.cli import main
+from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader
+from vatt_engine.data.manifest import read_manifest
+from vatt_engine.engine.checkpoint import load_latest
+from vatt_engine.engine.schedule import learning_rate
+from vatt_engine.models import EncoderConfig, build_model, from_pretrained, model_config, save_pretrained, tower_config
+from vatt_engine.models.embeddings import resample_table
+from vatt_engine.schema import ConfigError, replace
+from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.finetune import _mixed, evaluate, finetune, mixup
+from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
+from vatt_engine.tasks.pretrain import pretrain
+from vatt_engine.tasks.towers import read_tower
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "g_schedules_optimizers.npz"
+STEPS = {"engine.save_every": 2, "engine.log_every": 2, "engine.device": "cpu", "engine.keep_checkpoints": 9}
+TINY = {"num_layers": 1, "dim": 32, "ff_dim": 64, "num_heads": 2, "head_dim": 16, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_train=24, num_heldout=6, num_threads=2)
+
+
+@pytest.fixture
+def config(world, tmp_path) -> FinetuneConfig:
+    changes = {f"model.video.transformer.{name}": value for name, value in TINY.items()}
+    changes |= {"data.batch_size": 8, "engine.steps": 6, "schedule.warmup_steps": 2, "schedule.total_steps": 6}
+    changes |= {"out": str(tmp_path / "run"), "data.train": str(world.train), "test": str(world.heldout)}
+    return replace(FINETUNE_RECIPES["demo"](), STEPS | changes)
+
+
+def sounds(world, folder: Path) -> str:
+    """The world's sounds with one or two classes of four each."""
+    rows = [json.loads(line) for line in world.train.read_text().splitlines()]
+    for row in rows:
+        row["path"] = str(world.train.parent / row["path"])
+        row["label"] = sorted({row["label"] % 4, row["label"] // 2})
+    path = folder / "sounds.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sound_config(config: FinetuneConfig, manifest: str) -> FinetuneConfig:
+    tiny = model_config("vatt_tiny").audio
+    model = EncoderConfig(name="tiny", modality="audio", audio=tiny, num_classes=4, classifier_dropout=0.0)
+    changes = {"data.num_frames": 0, "data.num_samples": 4_800, "data.sample_rate": 12_000, "data.num_classes": 4}
+    changes |= {"loss.label_smoothing": 0.0, "loss.balanced": True, "data.train": manifest, "test": manifest}
+    changes |= {"model.audio.drop_token.keep_rate": 1.0}
+    changes |= {f"model.audio.transformer.{name}": value for name, value in TINY.items()}
+    return replace(dataclasses.replace(config, model=model), changes | {"mixup": 5.0})
+
+
+def records(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # the specification, section 10
+        ("kinetics400", (0.005, 2_500, 100_000, 64, 32, 320, 0, 48_000, 0.1, 0.0, 0.5, 400, 4, 3)),
+        ("kinetics600", (0.005, 2_500, 100_000, 64, 32, 320, 0, 48_000, 0.1, 0.0, 0.5, 600, 4, 3)),
+        ("kinetics700", (0.005, 2_500, 100_000, 64, 32, 320, 0, 48_000, 0.1, 0.0, 0.5, 700, 4, 3)),
+        ("moments", (0.005, 2_500, 150_000, 64, 32, 320, 0, 48_000, 0.1, 0.0, 0.5, 339, 4, 3)),
+        ("audioset", (0.2, 5_000, 50_000, 1024, 0, 224, 153_600, 24_000, 0.0, 5.0, 0.0, 527, 4, 1)),
+        ("imagenet", (0.08, 2_500, 125_100, 512, 4, 384, 0, 48_000, 0.1, 0.0, 0.5, 1000, 1, 1)),
+    ],
+)
+def test_recipes_are_the_papers(name, expected):
+    config = FINETUNE_RECIPES[name]()
+    config.check()
+    data, schedule, part = config.data, config.schedule, getattr(config.model, config.modality)
+    assert expected == (
+        *(config.optim.lr, schedule.warmup_steps, schedule.total_steps, data.batch_size, data.num_frames),
+        *(data.frame_size, data.num_samples, data.sample_rate, config.loss.label_smoothing, config.mixup),
+        *(config.model.classifier_dropout, config.model.num_classes, config.test_windows, config.test_crops),
+    )
+    optim = config.optim
+    assert (optim.name, optim.momentum, optim.weight_decay, optim.clip_norm) == ("sgd", 0.9, 0.0, 0.75)
+    assert (optim.clip_prefix, schedule.final, schedule.shape) == ("model.encoder.", 0.0, "half_cosine")
+    assert (part.drop_token.keep_rate, part.transformer.keep_rates, part.transformer.dropout) == (1.0, (), 0.1)
+    assert config.engine.steps == schedule.total_steps
+    if config.modality == "video":
+        assert (part.num_frames, part.frame_size) == (data.num_frames, (data.frame_size,) * 2)
+        assert part.grid == (data.num_frames // 4, data.frame_size // 16, data.frame_size // 16)
+
+
+@pytest.mark.parametrize(("key", "name"), [("finetune_video", "kinetics400"), ("finetune_audio_paper", "audioset")])
+def test_schedules_are_the_official_ones(key, name):
+    golden, config = np.load(GOLDEN), FINETUNE_RECIPES[name]()
+    for step, expected in zip(golden[f"{key}/steps"].tolist(), golden[f"{key}/lr"].tolist()):
+        ours = learning_rate(step, config.schedule, config.optim.lr)
+        assert ours == pytest.approx(0.0 if np.isnan(expected) else expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("backbone", ["specific", "agnostic"])
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_towers_give_the_models_features(tmp_path, backbone, modality):
+    changes = {"backbone": backbone, "shared_projection": 48} | {f"shared.{n}": v for n, v in TINY.items()}
+    changes |= {f"{m}.pre_projection": backbone == "agnostic" for m in ("video", "audio")}
+    model = build_model(replace(model_config("vatt_tiny"), changes)).eval()
+    save_pretrained(model, tmp_path)
+    tower = read_tower(str(tmp_path), modality)
+    encoder = build_model(tower.config).eval()
+    encoder.load_state_dict(tower.weights)
+    signal = torch.randn(2, 8, 48, 48, 3) if modality == "video" else torch.randn(2, 9_600)
+    assert torch.equal(encoder(signal)[:, 0], getattr(model, f"encode_{modality}")(signal))
+    with pytest.raises(ValueError, match="must have a audio tower, got the video encoder"):
+        tower_config(model_config("vit_base"), "audio")
+
+
+def test_starts_from_a_run_at_another_size_and_resumes_bit_for_bit(config, world, tmp_path, capsys):
+    pretrained = replace(load_config("demo"), SMALL | {"data.train": str(world.train), "out": str(tmp_path / "pre")})
+    pretrain(replace(pretrained, {"engine.steps": 1}))
+    weights = load_latest(pretrained.out).tensors["model"]
+    config = replace(config, {"init": pretrained.out, "data.frame_size": 64, "data.num_frames": 4})
+    config = replace(config, {"optim.lr": 0.0, "engine.steps": 1})
+    assert finetune(config) == 0
+    model = from_pretrained(Path(config.out) / "model")
+    assert model.config.video.grid == (1, 8, 8)
+    found = model.state_dict()
+    same = [name for name in found if name.startswith("encoder.") and "tables" not in name]
+    assert len(same) > 10
+    assert [n for n in same if not torch.equal(found[n], weights["video." + n.removeprefix("encoder.")])] == []
+    for axis, size in enumerate((1, 8, 8)):
+        table = resample_table(weights[f"video.stem.position.tables.{axis}"], size)
+        torch.testing.assert_close(found[f"encoder.stem.position.tables.{axis}"], table)
+    evaluation = json.loads((Path(config.out) / "evaluation.json").read_text())
+    assert (evaluation["step"], evaluation["num_windows"], evaluation["num_crops"]) == (1, 4, 1)
+    assert set(evaluation["metrics"]) == {"top-1", "top-5"}
+
+    config = replace(config, {"optim.lr": 1e-3, "engine.steps": 5, "out": str(tmp_path / "straight"), "test": ""})
+    finetune(config)
+    part = replace(config, {"out": str(tmp_path / "part"), "engine.steps": 3})
+    finetune(part)
+    (tmp_path / "pre").rename(tmp_path / "gone")  # the run has its model by now
+    assert main(["finetune", "--resume", part.out, "--engine.steps", "5", "--test", str(world.heldout)]) == 0
+    straight, resumed = load_latest(config.out), load_latest(part.out)
+    for group, tensors in straight.tensors.items():
+        assert [name for name in tensors if not torch.equal(tensors[name], resumed.tensors[group][name])] == []
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_learns_the_motions_it_sees(config):
+    config = replace(config, {"engine.steps": 40, "schedule.total_steps": 40, "schedule.warmup_steps": 4, "test": ""})
+    config = replace(config, {"optim.lr": 3e-3, "engine.save_every": 40, "data.augment.crop": "none"})
+    assert finetune(replace(config, {"model.video.drop_token.keep_rate": 0.5})) == 0
+    found = records(config.out)
+    assert found[-1]["total"] < 0.8 * found[0]["total"]
+    assert found[-1]["accuracy"] > found[0]["accuracy"]
+
+
+def test_sounds_of_several_classes_with_mixup(config, world, tmp_path, capsys):
+    config = sound_config(config, sounds(world, tmp_path))
+    config = replace(config, {"test_crops": 1, "test_windows": 2, "engine.accumulate": 2})
+    assert finetune(config) == 0
+    assert "mAP" in capsys.readouterr().out
+    evaluation = json.loads((Path(config.out) / "evaluation.json").read_text())
+    assert evaluation["samples"] == 24
+    straight = records(config.out)
+    part = replace(config, {"out": str(tmp_path / "part"), "engine.steps": 4})
+    finetune(part)
+    finetune(replace(part, {"engine.steps": 6}), resume=True)
+    assert [r["total"] for r in records(part.out)] == [r["total"] for r in straight]
+
+
+def test_mixup_mixes_sounds_and_labels_alike():
+    batch = Batch(audio=torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 4.0]]), label=torch.eye(3))
+    mixed = mixup(batch, torch.tensor([1.0, 0.25, 0.5]))
+    assert mixed.audio.tolist() == [[1.0, 0.0], [0.75, 0.5], [2.0, 3.0]]
+    assert mixed.label.tolist() == [[1.0, 0.0, 0.0], [0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]
+    large = Batch(audio=torch.ones(4_000, 1), label=torch.eye(4_000))
+    shares = _mixed(large, 3, alpha=5.0, seed=0).label.diagonal()
+    assert torch.equal(shares, _mixed(large, 3, alpha=5.0, seed=0).label.diagonal())
+    assert not torch.equal(shares, _mixed(large, 4, alpha=5.0, seed=0).label.diagonal())
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert shares.var().item() == pytest.approx(1 / 44, rel=0.1)  # of Beta(5, 5)
+
+
+def test_views_are_averaged_as_logits(config, world):
+    """Against a loop over windows and crops by hand, and over two ranks' shares of nothing missing."""
+    model, samples = build_model(config.fitted(config.model).model).eval(), read_manifest(world.heldout)
+    data = replace(config.data, {"num_windows": 2, "num_crops": 3, "cache": "none"})
+    with Loader(samples, data, train=False, batch_size=6) as loader, torch.inference_mode():
+        means = torch.stack([model(batch.video).mean(0) for batch in loader])  # a batch is one sample's six views
+    expected = 100 * (means.argmax(1) == torch.tensor([sample.label for sample in samples])).float().mean().item()
+    result = evaluate(model, samples, data)
+    assert result["metrics"]["top-1"] == pytest.approx(expected)
+    assert (result["samples"], result["num_windows"], result["num_crops"]) == (6, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.num_classes": 0}, r"model\.num_classes must be at least 2, got 0"),
+        ({"model.num_classes": 3}, r"label must be a class number in 0\.\.2 \(model\.num_classes 3\), got \d"),
+        ({"data.num_classes": 4}, r"data\.num_classes must be model\.num_classes 8 where .*, else 0, got 4"),
+        ({"data.num_classes": 8}, r"loss\.label_smoothing must be 0 here, got 0\.1"),
+        ({"loss.balanced": True}, r"loss\.balanced must be off where data\.num_classes is 0, got True"),
+        ({"data.num_frames": 0, "data.num_samples": 9}, r"data\.num_frames must be at least 1 for video, got 0"),
+        ({"init": "nowhere"}, r"nowhere: the folder must be a run folder, with a config\.yaml, or .* got neither"),
+        ({"data.train": ""}, "vatt finetune: --data.train must be the path of a manifest, got none"),
+        ({"optim.clip_prefix": "encoder."}, r"clip_prefix must begin the name of model\.encoder\..*got 'encoder\.'"),
+        ({"engine.strategy": "zero2"}, r"strategy must be single or ddp where optim\.clip_prefix is given, got zero2"),
+    ],
+)
+def test_refuses(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(replace(config, changes))
+
+
+def test_refuses_mixed_pictures_and_another_folder(config):
+    with pytest.raises(ValueError, match="mixup must be a finite number >= 0, and 0 for video, got 5"):
+        replace(config, {"mixup": 5.0})
+    finetune(replace(config, {"engine.steps": 1, "test": ""}))
+    with pytest.raises(ConfigError, match=f"Continue it with `vatt finetune --resume {config.out}`"):
+        finetune(config)
+    assert main(["finetune", "kinetics40"]) == 2

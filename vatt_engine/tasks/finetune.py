@@ -1,0 +1,194 @@
+"""`vatt finetune CONFIG --init RUN`: a classifier on a trained tower, and its evaluation over several views."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta
+
+from vatt_engine.analysis.metrics import multi_label_metrics, top_k_accuracy
+from vatt_engine.analysis.report import plot_run, table
+from vatt_engine.batch import Batch
+from vatt_engine.collectives import all_reduce_sum, rank, world_size
+from vatt_engine.data.config import DataConfig
+from vatt_engine.data.dali import build_loader
+from vatt_engine.data.loader import join_sources
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.shards import read_samples
+from vatt_engine.engine.engine import Engine
+from vatt_engine.engine.faults import StopRequested, StopSignals
+from vatt_engine.engine.logging import write_text
+from vatt_engine.engine.seeds import derive_seed
+from vatt_engine.losses import ClassLoss
+from vatt_engine.models import build_model, load_tower, save_pretrained
+from vatt_engine.models.heads import Classifier
+from vatt_engine.schema import ConfigError
+from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
+from vatt_engine.tasks.pretrain import command, open_run, read_training_manifest, supervised, train
+from vatt_engine.tasks.towers import load_run_config, read_tower
+
+MIXUP = 1  # of the random numbers of a step, those of mixup
+
+
+def main(argv: Sequence[str]) -> int:
+    return command(argv, FinetuneConfig, FINETUNE_RECIPES, finetune)
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
+    """Train a classifier on its manifest, from a trained tower, and evaluate it; everything it leaves is in `out`.
+
+    Args:
+        config: see FinetuneConfig; recipes give one.
+        resume: continue from the newest valid checkpoint of `config.out`, with the model that the run has.
+
+    Returns, raises:
+        As `pretrain`.
+
+    >>> finetune(replace(load_config("demo", FinetuneConfig, FINETUNE_RECIPES), changes))  # doctest: +SKIP
+    0
+    """
+    return supervised(config, lambda stop: _finetune(config, resume, stop))
+
+
+def _finetune(config: FinetuneConfig, resume: bool, stop: StopSignals) -> int:
+    run_dir, seed, device = Path(config.out), config.engine.seed, config.engine.torch_device()
+    config.check()
+
+    # ------------------------------------------------ data, model, loss
+    samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
+    tests = read_samples(config.test) if config.test else []
+    for sample in (*samples, *tests):
+        _check_label(sample, config)
+    resume, tower = open_run(config, resume), None
+    if resume:
+        config = dataclasses.replace(config, model=load_run_config(run_dir).model)
+    elif config.init:
+        tower = read_tower(config.init, config.modality)
+    config = config.fitted(config.model if tower is None else tower.config)
+    torch.manual_seed(seed)
+    model = build_model(config.model)
+    if tower is not None:
+        load_tower(model.encoder, tower.config, tower.weights)
+    faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
+    ranks = {"rank": rank(), "world": world_size()}
+    loader = build_loader(samples, config.data, device=device, sizes=sizes, seed=seed, quarantine=faults, **ranks)
+    engine = Engine(model, ClassLoss(config.loss), config.engine, config.optim, config.schedule, run_dir=run_dir)
+
+    # ------------------------------------------------ training
+    notes = [f"{config.model.name} {config.modality} on {device}: {len(samples)} clips, run folder {run_dir}"]
+    notes.append(f"{config.model.num_classes} classes, the encoder from {config.init or 'scratch'}")
+    prepare = functools.partial(_mixed, alpha=config.mixup, seed=seed) if config.mixup else None
+    stopped = train(config, engine, loader, stop, resume=resume, notes=notes, prepare=prepare)
+    weights = engine.strategy.export_state()["model"]  # of all ranks
+    if rank() == 0:
+        plot_run(run_dir)
+    if stopped:
+        return 128 + stop.received
+
+    # ------------------------------------------------ evaluation
+    classifier = build_model(config.model)
+    classifier.load_state_dict(weights)
+    if rank() == 0:
+        save_pretrained(classifier, run_dir / "model")
+    if tests:
+        try:
+            with stop.interruptible():
+                result = evaluate(
+                    classifier.to(device), tests, _test_data(config), bf16=config.engine.precision == "bf16"
+                )
+        except StopRequested:
+            print(f"not evaluated; repeat with: vatt finetune --resume {run_dir}", file=sys.stderr)
+            return 128 + stop.received
+        if rank() == 0:
+            result = {"step": engine.finished, "data": config.test, **result}
+            write_text(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
+            print(table([result["metrics"]]))
+    return 0
+
+
+def _test_data(config: FinetuneConfig) -> DataConfig:
+    views = {"num_windows": config.test_windows, "num_crops": config.test_crops}
+    return dataclasses.replace(config.data, train=config.test, weights=(), **views)
+
+
+def _check_label(sample: Sample, config: FinetuneConfig) -> None:
+    """One class of the model's; several ones are the loader's to check."""
+    classes = config.model.num_classes
+    if not config.data.num_classes and not (type(sample.label) is int and 0 <= sample.label < classes):
+        expectation = f"be a class number in 0..{classes - 1} (model.num_classes {classes})"
+        raise ConfigError(f"{sample.path}: label must {expectation}, got {sample.label!r}.")
+
+
+def _mixed(batch: Batch, finished: int, *, alpha: float, seed: int) -> Batch:
+    """The batch that the step after `finished` ones is made with: mixup that depends on (seed, step, rank) alone."""
+    torch.manual_seed(derive_seed(seed, finished, rank(), MIXUP))
+    return mixup(batch, Beta(alpha, alpha).sample((len(batch),)))
+
+
+def mixup(batch: Batch, shares: Tensor) -> Batch:
+    """Every sound and its label mixed with those of the row before it: s x_i + (1 - s) x_(i-1), the first's the last.
+
+    Args:
+        batch: with audio [B, L] and label [B, C] float.
+        shares: [B], s, in [0, 1].
+
+    Source: paper appendix A.2.2; which sample is mixed with which it does not say.
+
+    >>> mixup(Batch(audio=torch.eye(2), label=torch.eye(2)), torch.tensor([0.75, 0.5])).label.tolist()
+    [[0.75, 0.25], [0.5, 0.5]]
+    """
+    shares = shares.to(batch.audio)[:, None]
+    mixed = {name: torch.lerp(x.roll(1, 0), x, shares) for name, x in (("audio", batch.audio), ("label", batch.label))}
+    return dataclasses.replace(batch, **mixed)
+
+
+@torch.inference_mode()
+def evaluate(model: Classifier, samples: Sequence[Sample], data: DataConfig, *, bf16: bool = False) -> dict[str, Any]:
+    """Metrics of the logits averaged over a sample's views; every rank sees its share, all get the result.
+
+    Args:
+        model: on its device; it is set to evaluation.
+        samples: with labels.
+        data: `num_windows` x `num_crops` views; `num_classes` makes the metrics those of several classes per sample.
+        bf16: compute under autocast.
+
+    Returns:
+        {"num_windows", "num_crops", "samples": usable ones, "metrics": top-1 and top-5 in percent, or see
+        `multi_label_metrics`}.
+
+    Raises:
+        ValueError: no sample is usable.
+
+    Source: official vatt/experiments/finetune.py (logits, not probabilities, are averaged).
+
+    >>> evaluate(model, read_samples("val.jsonl"), DataConfig(num_windows=4, num_crops=3))  # doctest: +SKIP
+    """
+    device = next(model.parameters()).device
+    places = {sample.id: place for place, sample in enumerate(samples)}
+    sums = torch.zeros(len(samples), model.config.num_classes + 1, device=device)  # of logits, and the views
+    targets = torch.zeros(len(samples), *([data.num_classes] if data.num_classes else []), device=device)
+    model.eval()
+    with build_loader(samples, data, device=device, train=False, rank=rank(), world=world_size()) as loader:
+        for batch in loader:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model.heads(**model.features(batch.to(device))).float()
+            rows = torch.tensor([places[one] for one in batch.sample_id.tolist()], device=device)
+            sums.index_add_(0, rows, torch.nn.functional.pad(logits, (0, 1), value=1.0))
+            targets[rows] = batch.label.to(targets)
+    sums, targets = all_reduce_sum(sums).cpu(), all_reduce_sum(targets).cpu()
+    seen = sums[:, -1] > 0
+    scores, targets = sums[seen, :-1] / sums[seen, -1:], targets[seen]
+    if data.num_classes:
+        metrics = multi_label_metrics(scores, targets)
+    else:
+        metrics = top_k_accuracy(scores, targets.long(), ks=sorted({1, min(5, scores.shape[1])}))
+    views = {"num_windows": data.num_windows, "num_crops": data.num_crops}
+    return {**views, "samples": int(seen.sum()), "metrics": metrics}

@@ -1,0 +1,66 @@
+"""The vocabulary of a pre-training run and its word vectors: given, or made from the captions of the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vatt_engine.data.manifest import Sample
+from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
+from vatt_engine.models import VATT, VATTConfig
+from vatt_engine.schema import ConfigError
+from vatt_engine.tasks.config import PretrainConfig, WordsConfig
+
+
+def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Path | None) -> Vocabulary:
+    """The vocabulary the run was started with (`kept`), else the configured one, else one trained on the captions.
+
+    Raises:
+        ValueError: it has more words than the model's table, or there is no caption to train it on.
+    """
+    limit, path = config.model.text.vocabulary_size, kept or config.text.vocabulary
+    if path is None and not config.data.num_candidates:
+        return Vocabulary(["<pad>", "<unk>"])
+    if path is None:
+        if not any(sample.captions for sample in samples):
+            hint = "Train on video and audio alone with --data.num-candidates 0."
+            raise ConfigError(f"{', '.join(config.data.sources)}: the manifest must have captions, got none. {hint}")
+        return Vocabulary.train((caption.text for sample in samples for caption in sample.captions), limit)
+    vocabulary = Vocabulary.load(path)
+    if vocabulary.size > limit:
+        raise ConfigError(
+            f"{path}: vocabulary must fit model.text.vocabulary_size {limit}, got {vocabulary.size} words."
+        )
+    return vocabulary
+
+
+def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary) -> int:
+    """Put word vectors into the model's table; returns the number of words that have one.
+
+    Raises:
+        ValueError: the table would be frozen with random vectors, or the file's width is not the table's.
+    """
+    if words.vectors is None:
+        if config.text.freeze_embedding:
+            raise ConfigError(
+                "text.vectors must be given where model.text.freeze_embedding is true, got none: random word vectors "
+                "would stay random. Give a word2vec file, or set model.text.freeze_embedding to null."
+            )
+        return 0
+    table, found = match_vectors(vocabulary, *load_word_vectors(words.vectors))
+    if not found.any():
+        raise ConfigError(f"{words.vectors}: word vectors must be of words of the vocabulary, got none of its words.")
+    weight = model.word_embedding.weight
+    if table.shape[1] != weight.shape[1]:
+        raise ConfigError(
+            f"{words.vectors}: word vectors must have width model.text.embedding_dim {weight.shape[1]}, "
+            f"got {table.shape[1]}."
+        )
+    rows = torch.zeros_like(weight)
+    rows[: len(table)] = table
+    marks = torch.zeros(len(weight), dtype=torch.bool)
+    marks[: len(found)] = found
+    model.word_embedding.load_vectors(rows, marks)
+    return int(marks.sum())

@@ -101,9 +101,7 @@ def _finetune(config: FinetuneConfig, resume: bool, stop: StopSignals) -> int:
     if tests:
         try:
             with stop.interruptible():
-                result = evaluate(
-                    classifier.to(device), tests, _test_data(config), bf16=config.engine.precision == "bf16"
-                )
+                result = evaluate(classifier.to(device), tests, _test_data(config), bf16=engine.precision == "bf16")
         except StopRequested:
             print(f"not evaluated; repeat with: vatt finetune --resume {run_dir}", file=sys.stderr)
             return 128 + stop.received

@@ -39,8 +39,9 @@ demo: setup
 	$(VENV)/bin/vatt pretrain demo --data.train runs/demo/world/train.jsonl --out runs/demo/run
 	$(VENV)/bin/vatt retrieve runs/demo/run --data runs/demo/world/heldout.jsonl
 
+# A process per CPU, each with the tests of whole files and one thread.
 test: setup
-	$(PY) -m pytest $(if $(FAST),-m "not slow and not soak") tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(if $(FAST),-m "not slow and not soak") tests
 
 # The full counts of kills, mutations, faults and steps; `make test` has the same tests with small counts.
 soak: setup

@@ -1,11 +1,14 @@
 """Seeds, threads, and the reasons for which marked tests are skipped."""
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure(config):
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # small tensors gain nothing from more
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # small tensors gain nothing from more
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(config, items):

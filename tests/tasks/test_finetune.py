@@ -143,6 +143,9 @@ def test_starts_from_a_run_at_another_size_and_resumes_bit_for_bit(config, world
     for axis, size in enumerate((1, 8, 8)):
         table = resample_table(weights[f"video.stem.position.tables.{axis}"], size)
         torch.testing.assert_close(found[f"encoder.stem.position.tables.{axis}"], table)
+    again = read_tower(config.out, "video")  # a fine-tuned run is a start too, without its head
+    assert (again.config.num_classes, again.config.video) == (0, model.config.video)
+    assert {f"encoder.{name}" for name in again.weights} == {name for name in found if name.startswith("encoder.")}
     evaluation = json.loads((Path(config.out) / "evaluation.json").read_text())
     assert (evaluation["step"], evaluation["num_windows"], evaluation["num_crops"]) == (1, 4, 1)
     assert set(evaluation["metrics"]) == {"top-1", "top-5"}

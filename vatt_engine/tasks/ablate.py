@@ -153,7 +153,7 @@ def _cell(config: AblateConfig, base: PretrainConfig, rate: float, budget: str, 
 def _train(run: PretrainConfig, folder: Path) -> None:
     """In a process of its own, so that its memory is its own; it goes on from its newest checkpoint."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_suffix(f"{folder.suffix}.yaml")
+    path = folder.with_name(f"{folder.name}.yaml")
     write_text(path, dump_yaml(to_dict(run)))
     child = subprocess.Popen([sys.executable, "-m", "vatt_engine", "pretrain", str(path), "--resume"])
     try:

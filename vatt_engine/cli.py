@@ -16,6 +16,7 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "visualize": ("vatt_engine.tasks.visualize", "the paper's figures of trained runs, and the numbers behind them"),
     "report": ("vatt_engine.tasks.report", "one self-contained HTML page about trained runs, side by side"),
+    "ablate": ("vatt_engine.tasks.ablate", "drop rates under equal budgets: runs, probes and retrieval as one table"),
     "prepare": ("vatt_engine.tasks.prepare", "transcode the files of a manifest into shards, once"),
     "data": ("vatt_engine.tasks.data", "manifests of known datasets; one index for prepared parts"),
     "plot": ("vatt_engine.tasks.plot", "draw what a run has logged"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from vatt_engine.engine.checkpoint import load_latest
 from vatt_engine.engine.schedule import learning_rate
 from vatt_engine.models import EncoderConfig, build_model, from_pretrained, model_config, save_pretrained, tower_config
 from vatt_engine.models.embeddings import resample_table
-from vatt_engine.schema import ConfigError, replace
+from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import load_config
 from vatt_engine.tasks.finetune import _mixed, evaluate, finetune, mixup
 from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
@@ -140,6 +143,9 @@ def test_starts_from_a_run_at_another_size_and_resumes_bit_for_bit(config, world
     for axis, size in enumerate((1, 8, 8)):
         table = resample_table(weights[f"video.stem.position.tables.{axis}"], size)
         torch.testing.assert_close(found[f"encoder.stem.position.tables.{axis}"], table)
+    again = read_tower(config.out, "video")  # a fine-tuned run is a start too, without its head
+    assert (again.config.num_classes, again.config.video) == (0, model.config.video)
+    assert {f"encoder.{name}" for name in again.weights} == {name for name in found if name.startswith("encoder.")}
     evaluation = json.loads((Path(config.out) / "evaluation.json").read_text())
     assert (evaluation["step"], evaluation["num_windows"], evaluation["num_crops"]) == (1, 4, 1)
     assert set(evaluation["metrics"]) == {"top-1", "top-5"}
@@ -171,7 +177,7 @@ def test_sounds_of_several_classes_with_mixup(config, world, tmp_path, capsys):
     assert finetune(config) == 0
     assert "mAP" in capsys.readouterr().out
     evaluation = json.loads((Path(config.out) / "evaluation.json").read_text())
-    assert evaluation["samples"] == 24
+    assert (evaluation["samples"], evaluation["left_out"]) == (24, 0)
     straight = records(config.out)
     part = replace(config, {"out": str(tmp_path / "part"), "engine.steps": 4})
     finetune(part)
@@ -231,3 +237,25 @@ def test_refuses_mixed_pictures_and_another_folder(config):
     with pytest.raises(ConfigError, match=f"Continue it with `vatt finetune --resume {config.out}`"):
         finetune(config)
     assert main(["finetune", "kinetics40"]) == 2
+
+
+def test_two_processes_are_one_run(config, tmp_path):
+    """Steps and evaluation: each process sees its share of the views."""
+    steady = {"model.video.transformer.dropout": 0.0, "optim.lr": 1e-4}
+    config = replace(config, steady | {"engine.steps": 4, "test_windows": 2, "engine.log_every": 1})
+    assert finetune(config) == 0
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(to_dict(config)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vatt_engine.cli"]
+    command = [sys.executable, *torchrun, "finetune", str(path), "--out", str(tmp_path / "two")]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["total"] for r in records(str(tmp_path / "two"))] == pytest.approx(
+        [r["total"] for r in records(config.out)], rel=2e-6
+    )
+    one, two = (json.loads((Path(out) / "evaluation.json").read_text()) for out in (config.out, tmp_path / "two"))
+    assert one == two
+    assert done.stdout.count("top-1") == 1

@@ -103,7 +103,8 @@ def _finetune(config: FinetuneConfig, resume: bool, stop: StopSignals) -> int:
             with stop.interruptible():
                 result = evaluate(classifier.to(device), tests, _test_data(config), bf16=engine.precision == "bf16")
         except StopRequested:
-            print(f"not evaluated; repeat with: vatt finetune --resume {run_dir}", file=sys.stderr)
+            if rank() == 0:
+                print(f"not evaluated; repeat with: vatt finetune --resume {run_dir}", file=sys.stderr)
             return 128 + stop.received
         if rank() == 0:
             result = {"step": engine.finished, "data": config.test, **result}
@@ -159,11 +160,11 @@ def evaluate(model: Classifier, samples: Sequence[Sample], data: DataConfig, *, 
         bf16: compute under autocast.
 
     Returns:
-        {"num_windows", "num_crops", "samples": usable ones, "metrics": top-1 and top-5 in percent, or see
-        `multi_label_metrics`}.
+        {"num_windows", "num_crops", "samples": usable ones, "left_out": the others, "metrics": top-1 and top-5 in
+        percent, or see `multi_label_metrics`}.
 
     Raises:
-        ValueError: no sample is usable.
+        ValueError: no sample of a rank is usable.
 
     Source: official vatt/experiments/finetune.py (logits, not probabilities, are averaged).
 
@@ -189,4 +190,4 @@ def evaluate(model: Classifier, samples: Sequence[Sample], data: DataConfig, *, 
     else:
         metrics = top_k_accuracy(scores, targets.long(), ks=sorted({1, min(5, scores.shape[1])}))
     views = {"num_windows": data.num_windows, "num_crops": data.num_crops}
-    return {**views, "samples": int(seen.sum()), "metrics": metrics}
+    return {**views, "samples": int(seen.sum()), "left_out": int((~seen).sum()), "metrics": metrics}

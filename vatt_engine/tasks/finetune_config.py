@@ -109,7 +109,7 @@ def _downstream(
         data=data,
         optim=OptimConfig(name="sgd", lr=lr, momentum=0.9, clip_norm=0.75, clip_prefix="model.encoder."),
         schedule=ScheduleConfig(final=0.0, warmup_steps=warmup, total_steps=steps),
-        engine=EngineConfig(steps=steps),
+        engine=EngineConfig(steps=steps, precision="auto"),
         **changes,
     )
     return config.fitted(config.model)

@@ -172,7 +172,8 @@ def clips_of(tower: Tower, config: ProbeConfig) -> DataConfig:
     if config.modality == "video":
         sizes |= {"num_frames": part.num_frames, "frame_size": part.frame_size[0], "decode_size": None}
     rates = {"fps": config.fps or run.fps, "sample_rate": config.sample_rate or run.sample_rate}
-    rest = {"batch_size": config.batch_size, "num_candidates": 0, "num_classes": 0, "num_crops": 1, "cache": "none"}
+    rest = {"batch_size": config.batch_size, "num_candidates": 0, "num_classes": 0, "num_crops": 1}
+    rest |= {"cache": "none", "loader": "auto"}
     return dataclasses.replace(run, **sizes, **rates, **rest)
 
 

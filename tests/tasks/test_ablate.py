@@ -1,0 +1,131 @@
+"""The drop-rate ablation on a small world: cells, the table in three forms, going on, missing data."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tasks.test_pretrain import SMALL
+
+from vatt_engine.analysis.flops import paper_flops
+from vatt_engine.cli import main
+from vatt_engine.data.demo import make_world
+from vatt_engine.engine.checkpoint import load_latest
+from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
+from vatt_engine.tasks import ablate as task
+from vatt_engine.tasks.ablate import AblateConfig, ablate
+from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.pretrain import pretrain
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    world = make_world(folder / "world", num_train=16, num_heldout=6, num_threads=2)
+    config = replace(load_config("demo"), SMALL | {"data.train": str(world.train), "engine.log_every": 1})
+    (folder / "small.yaml").write_text(dump_yaml(to_dict(config)))
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Train in this process, and note what was trained."""
+    trained = []
+
+    def train(run, folder):
+        trained.append((folder.name, run.engine.steps))
+        assert pretrain(run, resume=(folder / "config.yaml").exists()) == 0
+
+    monkeypatch.setattr(task, "_train", train)
+    return trained
+
+
+def options(folder: Path, out: str, **changes) -> AblateConfig:
+    world = folder / "world"
+    sets = {"probes": (f"HMDB51={world}/train.jsonl,{world}/heldout.jsonl", f"UCF101={world}/train.jsonl,none.jsonl")}
+    sets |= {"retrievals": (f"demo={world}/heldout.jsonl",), "epochs": 2, "num_windows": 1, "steps": 4}
+    sets |= {"drop_rates": (0.5, 0.0), "config": str(folder / "small.yaml"), "out": str(folder / out)}
+    return AblateConfig(**sets | changes)
+
+
+def test_cells_table_and_what_is_missing(folder, here):
+    config = options(folder, "equal", equal_time=False)
+    rows = ablate(config)["rows"]
+    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4)]
+    values = [row["values"] for row in rows]
+    assert [(row["drop %"], row["budget"], row["steps"]) for row in values] == [(50, "steps", 4), (0, "steps", 4)]
+    for row, keep in zip(values, (0.5, 1.0)):
+        run = load_config(str(folder / "equal" / f"drop-{row['drop %'] / 100:g}-steps" / "config.yaml"))
+        assert run.model.video.drop_token.keep_rate == run.model.audio.drop_token.keep_rate == keep
+        assert (run.schedule.total_steps, run.schedule.warmup_steps) == (4, 1)
+        assert row["paper GFLOPs"] == paper_flops(run.model, candidates=5) / 1e9
+        assert 0 <= row["HMDB51"] <= 100
+        assert row["demo"] == 100.0  # R@10 among six
+        assert row["ESC50"] is row["UCF101"] is row["MSR-VTT"] is None
+    assert values[0]["GFLOPs"] < values[1]["GFLOPs"]
+    reasons = rows[0]["reasons"]
+    assert reasons["ESC50"] == "no ESC50 in --probes"
+    assert "none.jsonl" in reasons["UCF101"]
+    with (folder / "equal" / "ablation.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["HMDB51"]) for row in read] == [row["HMDB51"] for row in values]
+    assert [row["ESC50"] for row in read] == ["", ""]
+    assert json.loads((folder / "equal" / "ablation.json").read_text())["rows"] == rows
+    assert (folder / "equal" / "ablation.png").stat().st_size > 5_000
+
+    assert ablate(config)["rows"] == rows  # nothing is trained or probed again
+    assert len(here) == 2
+    (folder / "equal" / "drop-0-steps" / "cell.json").unlink()
+    assert ablate(config)["rows"][1]["values"]["HMDB51"] == values[1]["HMDB51"]
+    assert len(here) == 2
+    other = (folder / "small.yaml").read_text().replace("lr: 0.001", "lr: 0.002")
+    (folder / "other.yaml").write_text(other)
+    with pytest.raises(ConfigError, match=r"drop-0\.5-steps: the cell must be of the same settings, got another's"):
+        ablate(dataclasses.replace(config, config=str(folder / "other.yaml")))
+
+
+def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
+    measured = task._measured
+
+    def timed(run, rate, budget):
+        found = measured(run, rate, budget)
+        found["values"]["clips/s"] = 30.0 if rate else 20.0
+        return found
+
+    monkeypatch.setattr(task, "_measured", timed)
+    values = [row["values"] for row in ablate(options(folder, "time", probes=(), retrievals=()))["rows"]]
+    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4), ("drop-0.5-time", 6)]
+    assert [(row["drop %"], row["budget"], row["steps"]) for row in values[2:]] == [(50, "time", 6), (0, "time", 4)]
+
+
+def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):
+    part = replace(load_config(str(folder / "small.yaml")), {"out": str(folder / "real" / "drop-0.5-steps")})
+    changes = {f"model.{m}.drop_token.keep_rate": 0.5 for m in ("video", "audio")}
+    changes |= {"engine.steps": 2, "schedule.total_steps": 4, "schedule.warmup_steps": 1}
+    pretrain(replace(part, changes))
+    shutil.rmtree(Path(part.out) / "model")
+    flags = ["--out", str(folder / "real"), "--drop-rates", "0.5", "--steps", "4", "--equal-time", "false"]
+    assert main(["ablate", str(folder / "small.yaml"), *flags]) == 0
+    out, err = capfd.readouterr()
+    assert "resuming after step 2" in err
+    assert "HMDB51 is empty: no HMDB51 in --probes" in out
+    assert load_latest(part.out).step == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--drop-rates", "1.0"], "drop_rates must be different numbers in [0, 1), got (1.0,)"),
+        (["--drop-rates", "0.5", "0.5"], "drop_rates must be different numbers"),
+        (["--probes", "HMDB51=a"], "probes must be written NAME=TRAIN"),
+        (["--retrievals", "x"], "retrievals must be written NAME=MANIFEST, got 'x'"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+    ],
+)
+def test_refuses(capsys, flags, message):
+    assert main(["ablate", "demo", *flags]) == 2
+    assert message in capsys.readouterr().err

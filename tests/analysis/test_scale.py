@@ -165,8 +165,8 @@ def counted_traffic():
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
     sent = {}
 
-    def count(name, of, times=1):
-        inner = getattr(dist, name)
+    def count(name, of, times=1, *, also=None):
+        inner = getattr(dist, also or name)
 
         def call(*args, **options):
             tensor = [*args, *options.values()][of]
@@ -174,11 +174,14 @@ def counted_traffic():
             sent[name] = sent.get(name, 0) + times * share * tensor.numel() * tensor.element_size()
             return inner(*args, **options)
 
-        setattr(dist, name, call)
+        setattr(dist, also or name, call)
 
     count("all_reduce", 0, 2)
     count("all_gather_into_tensor", 0)
     count("reduce_scatter_tensor", 1)
+    if hasattr(dist, "all_gather_single"):  # their newer names
+        count("all_gather_into_tensor", 0, also="all_gather_single")
+        count("reduce_scatter_tensor", 1, also="reduce_scatter_single")
     found = {}
     for strategy in ("single", "ddp", "zero1", "zero2", "zero3"):
         torch.manual_seed(0)

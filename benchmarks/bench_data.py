@@ -1,6 +1,7 @@
 """Batches from media files and from shards, by PyAV and by DALI, against random tensors of the same shapes."""
 
 import importlib.util
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -75,7 +76,7 @@ def join(path, *tracks):
 def inputs(shape, _dtype, _device):
     folder = tempfile.TemporaryDirectory(prefix="vatt-bench-")
     raw = list(media(shape, Path(folder.name)))
-    return {"folder": folder, "samples": {"raw": raw} | prepared(shape, Path(folder.name), raw)}
+    return {"folder": folder, "samples": {"raw": raw} | prepared(shape, Path(folder.name), raw), "loaders": {}}
 
 
 def prepared(shape, folder, raw):
@@ -97,13 +98,16 @@ def config_of(shape):
     )
 
 
-def loader(shape, folder, samples, kind="raw", by="pyav"):
-    """One epoch of training batches, from the first file opened to the last batch made."""
-    with build_loader(samples[kind], replace(config_of(shape), loader=by)) as batches:
-        return list(islice(batches, len(batches)))
+def loader(shape, folder, samples, loaders, kind="raw", by="pyav"):
+    """Some epochs of training batches, by processes (DALI: threads) that an earlier call has started."""
+    batches = loaders.get((kind, by))
+    if batches is None:
+        config = replace(config_of(shape), loader=by, num_workers=os.cpu_count(), prefetch=1)
+        batches = loaders[kind, by] = build_loader(samples[kind], config)
+    return list(islice(batches, shape.epochs * len(batches)))
 
 
-def synthetic(shape, folder, samples):
+def synthetic(shape, folder, samples, loaders):
     """As many batches of random bytes and noise, made anew."""
     size = (shape.batch, shape.frames, shape.size, shape.size, 3)
     return [
@@ -111,7 +115,7 @@ def synthetic(shape, folder, samples):
             video=torch.randint(0, 256, size, dtype=torch.uint8),
             audio=torch.rand(shape.batch, shape.samples) * 2 - 1,
         )
-        for _ in range(shape.files // shape.batch)
+        for _ in range(shape.epochs * (shape.files // shape.batch))
     ]
 
 
@@ -136,11 +140,11 @@ def check(_bench, case, given):
 def bytes_moved(shape, _dtype, _passes):
     """The batches, written; what decoding itself needs depends on the codec."""
     clip = shape.frames * shape.size**2 * 3 + 4 * shape.samples
-    return shape.files // shape.batch * shape.batch * clip
+    return shape.epochs * (shape.files // shape.batch) * shape.batch * clip
 
 
 def metrics(shape, _dtype, seconds):
-    clips = shape.files // shape.batch * shape.batch
+    clips = shape.epochs * (shape.files // shape.batch) * shape.batch
     return {"clips/s": clips / seconds, "frames/s": clips * shape.frames / seconds}
 
 

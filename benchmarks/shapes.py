@@ -162,6 +162,7 @@ class Data:
     sample_rate: int
     file_fps: int = 0  # of the files; 0: as the clips
     codecs: tuple[str, ...] = ()  # of the shards that the files are prepared into
+    epochs: int = 1  # of one measured call
 
 
 # A model at each share of dropped tokens, with as many clips as its step on 80 GB should hold.
@@ -304,6 +305,7 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
                 samples=153_600,
                 sample_rate=48_000,
                 file_fps=30,
+                epochs=6,
                 codecs=("h264", "vp9", "mjpeg"),
             ),
         },

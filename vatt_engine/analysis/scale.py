@@ -186,8 +186,8 @@ def traffic(
     rows = gpus * clips
     gathered = rows * wide * (audio + candidates * text)
     norms = [audio] * 3 if joint else [audio, audio, text] + ([audio, text] if heads.style == "paper" else [])
-    # BatchNorm: count, sum and squares, and two gradients; the loss, in float64: a column's maximum, sum and its gradient
-    # per pair, then [2, 2] sums and their gradient. A reduction to all sends twice the share.
+    # BatchNorm: count, sum and squares, and two gradients; the loss, in float64: a column's maximum, sum and its
+    # gradient per pair, then [2, 2] sums and their gradient. A reduction to all sends twice the share.
     reduced = sum(4 * (1 + 4 * dim) for dim in norms) + 2 * 3 * 8 * rows + 2 * 32
     return Traffic(
         gradients=share * 4 * trained * (1 if strategy == "zero3" else 2),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +27,7 @@ from vatt_engine.data.manifest import Sample, sample_id
 from vatt_engine.data.media import MediaError
 from vatt_engine.data.workers import Workers
 
+ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("mp4", "webm", "avi", "wav", "flac")
 KINDS = ("truncated", "flipped", "zeros", "junk", "empty", "suffix")
 CONFIG = DataConfig(
@@ -90,10 +93,17 @@ def mutated(content: bytes, kind: str, rng: random.Random) -> bytes:
 
 
 def write_mutations(folder: Path, suffix: str, count: int) -> list[Sample]:
-    """`count` mutations of one clean file; the name says the seed and the kind."""
+    """`count` mutations of one clean file; the name says the seed and the kind.
+
+    The clean file is made by a process of its own: by one that has run other tests it has had other bytes, and a
+    mutation is known by its bytes.
+    """
     folder.mkdir(exist_ok=True)
     clean = folder / f"clean.{suffix}"
-    write_clean(clean)
+    program = (
+        "import pathlib, sys; from tests.data.test_mutations import write_clean; write_clean(pathlib.Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", program, clean], cwd=ROOT, check=True)
     content, samples = clean.read_bytes(), []
     for seed in range(count):
         kind, rng = KINDS[seed % len(KINDS)], random.Random(f"{suffix} {seed}")

@@ -95,8 +95,8 @@ def mutated(content: bytes, kind: str, rng: random.Random) -> bytes:
 def write_mutations(folder: Path, suffix: str, count: int) -> list[Sample]:
     """`count` mutations of one clean file; the name says the seed and the kind.
 
-    The clean file is made by a process of its own: by one that has run other tests it has had other bytes, and a
-    mutation is known by its bytes.
+    The clean file is made by a process of its own: of noise FFmpeg's AAC encoder makes other bytes in a process whose
+    heap has been used before, and a mutation is known by its bytes.
     """
     folder.mkdir(exist_ok=True)
     clean = folder / f"clean.{suffix}"

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -186,7 +185,6 @@ print(json.dumps(found))
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the peak of a process is read as Unix tells it")
 def test_a_batch_whose_matrix_takes_64_gib(request):
     """On a CPU, forward and backward, the whole process under 4 GB; the loss is that of unrelated embeddings."""
     batch, dim = NCE_LARGEST.batch, NCE_LARGEST.dim

@@ -26,8 +26,8 @@ def write_run(run_dir, records, tail=""):
 def figures(monkeypatch):
     """The figures drawn, so that tests can read what they show; files are written all the same."""
     drawn = []
-    figure = report._figure
-    monkeypatch.setattr(report, "_figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
+    figure = report.new_figure
+    monkeypatch.setattr(report, "new_figure", lambda *size: drawn.append(figure(*size)) or drawn[-1])
     return drawn
 
 

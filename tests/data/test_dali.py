@@ -18,8 +18,6 @@ from vatt_engine.data.media import MediaError
 from vatt_engine.data.shards import FORMAT, INDEX, ShardWriter, json_line, read_shards
 from vatt_engine.data.words import Vocabulary
 
-needs_dali = pytest.mark.skipif(dali_missing("cpu") is not None, reason=str(dali_missing("cpu")))
-
 WORDS = Vocabulary(["<pad>", "<unk>", "clip", "zero", "one", "two", "three", "four", "five"])
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 SIZE = (64, 80)  # of the frames in the shards
@@ -127,7 +125,6 @@ def readers(config, device="cpu"):
     return DaliReader(config, None, device=device, **form), ClipReader(config, None, **form)
 
 
-@needs_dali
 @pytest.mark.parametrize("fps", [10.0, 5.0, 12.0, 4.0, 7.0])
 def test_windows_are_pyavs(samples, fps):
     """Frames neither scaled nor cropped: 40 dB are asked for; on the CPU they were equal to the bit."""
@@ -144,7 +141,6 @@ def test_windows_are_pyavs(samples, fps):
                 assert torch.equal(ours.audio, theirs.audio)
 
 
-@needs_dali
 def test_frames_are_those_that_were_written(samples):
     """Not only alike: the window at 0.7 s of the fifth clip begins with its frame 7."""
     clip = read_window(readers(SMALL)[0], samples[4], 0.75)
@@ -153,7 +149,6 @@ def test_frames_are_those_that_were_written(samples):
     assert clip.start == 0.7
 
 
-@needs_dali
 @pytest.mark.parametrize("rate", [12_000, 16_000])
 def test_resampled_sound_is_pyavs(samples, rate):
     """50 dB, of white noise; only the first samples of a track differ, before which libswresample sees its mirror."""
@@ -165,7 +160,6 @@ def test_resampled_sound_is_pyavs(samples, rate):
         assert 10 * torch.log10(theirs.square().mean() / (ours - theirs).square().mean()) > 50
 
 
-@needs_dali
 @pytest.mark.parametrize("changes", [{}, {"frame_size": 40}, {"fps": 5.0}])
 def test_training_batches_are_pyavs(samples, changes):
     """Two epochs: order, windows, crops, colours, noise, words, masks and ids; scaled frames within 35 dB."""
@@ -175,14 +169,12 @@ def test_training_batches_are_pyavs(samples, changes):
     assert not torch.equal(ours[0].video, take(DaliLoader(samples, SMALL, device="cpu", seed=4), 1)[0].video)
 
 
-@needs_dali
 def test_evaluation_batches_are_pyavs(samples):
     ours, theirs, *_ = take_both(samples, replace(SMALL, num_windows=2), 9, train=False)
     assert_alike(ours, theirs, least=40)
     assert [len(batch) for batch in ours] == [3, 3, 3, 3]
 
 
-@needs_dali
 def test_threads_ranks_and_resuming_change_nothing(samples):
     truth = take(DaliLoader(samples, replace(SMALL, batch_size=2), WORDS, device="cpu", seed=7), 5)
     form = {"device": "cpu", "seed": 7}
@@ -235,7 +227,6 @@ def damaged(folder, samples, kinds):
     return found
 
 
-@needs_dali
 @pytest.mark.parametrize(
     "kinds",
     [
@@ -255,7 +246,6 @@ def test_bad_samples_are_pyavs(samples, tmp_path, kinds):
     assert {tuple(batch.video.shape) for batch in ours} == {(3, 8, 56, 56, 3)}
 
 
-@needs_dali
 def test_short_tracks_are_noticed(samples):
     """DALI pads or shortens without an error what is not there; the index knows better."""
     one = samples[3]
@@ -268,7 +258,6 @@ def test_short_tracks_are_noticed(samples):
             read_window(readers(SMALL)[0], longer, 1.8)
 
 
-@needs_dali
 def test_memory_stays(samples):
     """Of 40 batches the last 20 need no more memory, give or take 8 MB: their frames alone are 80 MB."""
 
@@ -284,7 +273,6 @@ def test_memory_stays(samples):
         assert resident() - before < 8
 
 
-@needs_dali
 def test_the_choice(folders, monkeypatch):
     vp9, h264 = read_shards(folders / "vp9"), read_shards(folders / "h264")
     raw = [Sample(index, index, folders / f"{index}.mp4") for index in range(3)]
@@ -318,7 +306,6 @@ def test_what_is_missing_is_said(monkeypatch):
         build_loader([], replace(SMALL, loader="dali"))
 
 
-@needs_dali
 @pytest.mark.cuda
 @pytest.mark.parametrize("codec", ["h264", "mjpeg"])  # NVDEC takes no VP9 below 128 pixels
 def test_the_gpu_gives_pyavs_batches(folders, codec):

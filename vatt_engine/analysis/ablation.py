@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vatt_engine.analysis.report import _figure, _save
+from vatt_engine.analysis.report import new_figure, save_figure
 
 COSTS = ("drop %", "budget", "steps", "GFLOPs", "paper GFLOPs", "clips/s", "peak MB")
 
@@ -25,7 +25,7 @@ def plot_costs(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     'ablation.png'
     """
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    figure = _figure(4.2 * len(budgets), 3.4)
+    figure = new_figure(4.2 * len(budgets), 3.4)
     for axes, budget in zip(figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0], budgets):
         own = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["GFLOPs"])
         for column in (key for key in own[0] if key not in COSTS):
@@ -35,4 +35,4 @@ def plot_costs(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         axes.set(title=f"equal {budget}", xlabel="GFLOPs per clip, forward", ylabel="%")
         if axes.lines:
             axes.legend(fontsize="small")
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vatt_engine.analysis.report import _figure, _save
+from vatt_engine.analysis.report import new_figure, save_figure
 from vatt_engine.models import VATT
 from vatt_engine.models.text import word_mask
 from vatt_engine.models.vatt import MODALITIES
@@ -67,7 +67,7 @@ class MeanActivation:
 def plot_activations(layers: Mapping[str, Tensor], path: Path, title: str) -> Path:
     """A map of layers by nodes for each modality, on one scale."""
     limit = max(values.abs().flatten().quantile(0.99).item() for values in layers.values()) or 1.0
-    figure = _figure(8, 1.1 + len(layers) * (0.9 + 0.11 * max(len(values) for values in layers.values())))
+    figure = new_figure(8, 1.1 + len(layers) * (0.9 + 0.11 * max(len(values) for values in layers.values())))
     figure.suptitle(title, x=0.01, ha="left")
     panels = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
     for axes, (modality, values) in zip(panels, layers.items()):
@@ -81,4 +81,4 @@ def plot_activations(layers: Mapping[str, Tensor], path: Path, title: str) -> Pa
     bar = figure.colorbar(image, ax=list(panels), extend="both", shrink=0.9)
     bar.set_label("mean activation")
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)

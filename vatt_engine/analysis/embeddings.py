@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vatt_engine.analysis.report import GRID, _figure, _save
+from vatt_engine.analysis.report import GRID, new_figure, save_figure
 from vatt_engine.models import VATT
 
 MODALITY_COLORS = {"video": "#1f77b4", "audio": "#d1662c", "text": "#2a8f5a"}
@@ -102,7 +102,7 @@ def plot_points(panels: Mapping[str, tuple[Tensor, Sequence[str]]], path: Path, 
     groups = sorted({group for _, names in panels.values() for group in names}, key=_order)
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure = _figure(max(4.2, 3.6 * columns), 3.7 * rows + 0.9)
+    figure = new_figure(max(4.2, 3.6 * columns), 3.7 * rows + 0.9)
     figure.suptitle(title, x=0.01, ha="left")
     colors = _colors(groups)
     for number, (name, (points, members)) in enumerate(panels.items(), start=1):
@@ -126,14 +126,14 @@ def plot_points(panels: Mapping[str, tuple[Tensor, Sequence[str]]], path: Path, 
             frameon=False,
             markerscale=1.5,
         )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_densities(panels: Mapping[str, Sequence[Mapping[str, float]]], path: Path, title: str) -> Path:
     """Densities of positive and random pairs, a panel each, over the same axis."""
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = _figure(max(4.8, 4.2 * columns), 2.6 * rows + 0.7)
+    figure = new_figure(max(4.8, 4.2 * columns), 2.6 * rows + 0.7)
     figure.suptitle(title, x=0.01, ha="left")
     for number, (name, bins) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
@@ -150,7 +150,7 @@ def plot_densities(panels: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
             axes.legend(frameon=False, fontsize=9)
         if number > len(panels) - columns:
             axes.set_xlabel("cosine similarity")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _order(group: str) -> tuple[bool, int, str]:

@@ -44,29 +44,29 @@ def plot_losses(run_dir: str | Path) -> Path | None:
     >>> plot_losses("runs/demo")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    records = _read_records(run_dir / "metrics.jsonl")
+    records = read_records(run_dir / "metrics.jsonl")
     if not records:
         return None
     steps = [record["step"] for record in records]
-    figure = _figure(8, 5.4)
+    figure = new_figure(8, 5.4)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
 
     for (name, label), color in zip(LOSS_TERMS.items(), COLORS):
-        values = _series(records, name)
+        values = series_of(records, name)
         if any(value and math.isfinite(value) for value in values):
             width = 2.0 if name == "total" else 1.4
-            losses.plot(steps, values, color=color, linewidth=width, label=label, **_markers(steps))
+            losses.plot(steps, values, color=color, linewidth=width, label=label, **markers_at(steps))
     losses.set_ylabel("loss (nats)")
     losses.set_title(f"Training of {run_dir.name or run_dir.resolve().name}", loc="left")
     if losses.lines:
         losses.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
-    rates.plot(steps, _series(records, "lr"), color=COLORS[1], **_markers(steps))
+    rates.plot(steps, series_of(records, "lr"), color=COLORS[1], **markers_at(steps))
     rates.set_ylabel("learning rate", color=COLORS[1])
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rates.set_xlabel("step")
     norms = rates.twinx()
-    norms.plot(steps, _series(records, "grad_norm"), color=NORM_COLOR, linewidth=1.0, **_markers(steps))
+    norms.plot(steps, series_of(records, "grad_norm"), color=NORM_COLOR, linewidth=1.0, **markers_at(steps))
     norms.set_ylabel("gradient norm", color=NORM_COLOR)
     norms.set_ylim(bottom=0)
 
@@ -75,7 +75,7 @@ def plot_losses(run_dir: str | Path) -> Path | None:
     for axes in (losses, rates, norms):
         axes.spines["top"].set_visible(False)
     losses.spines["right"].set_visible(False)
-    return _save(figure, run_dir / "plots" / "loss.png")
+    return save_figure(figure, run_dir / "plots" / "loss.png")
 
 
 def plot_monitors(run_dir: str | Path) -> Path | None:
@@ -94,27 +94,27 @@ def plot_monitors(run_dir: str | Path) -> Path | None:
     >>> plot_monitors("runs/demo")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    records = _read_records(run_dir / "metrics.jsonl")
+    records = read_records(run_dir / "metrics.jsonl")
     panels = []
     for title, pattern in MONITORS.items():
         names = sorted({name for record in records for name in record if re.fullmatch(pattern, name)})
-        series = {name: _series(records, name) for name in names}
+        series = {name: series_of(records, name) for name in names}
         series = {name: values for name, values in series.items() if any(map(math.isfinite, values))}
         panels += [(title, series)] if series else []
     if not panels:
         return None
     steps = [record["step"] for record in records]
-    figure = _figure(8, 1.9 * len(panels))
+    figure = new_figure(8, 1.9 * len(panels))
     for axes, (title, series) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
         for name, values in series.items():
-            axes.plot(steps, values, linewidth=1.4, label=name, **_markers(steps))
+            axes.plot(steps, values, linewidth=1.4, label=name, **markers_at(steps))
         axes.set_title(title, loc="left", fontsize="medium")
         axes.set_ylim(bottom=0)
         axes.grid(**GRID)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("step")
-    return _save(figure, run_dir / "plots" / "monitors.png")
+    return save_figure(figure, run_dir / "plots" / "monitors.png")
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
@@ -143,7 +143,7 @@ def plot_similarity(
     if matrix.ndim != 2 or 0 in matrix.shape or not matrix.isfinite().all():
         raise ValueError(f"plot_similarity: matrix must be finite [Nq, Nc], got {list(matrix.shape)}.")
     values = matrix.detach().cpu().double().numpy()
-    figure = _figure(6.4, 5.4)
+    figure = new_figure(6.4, 5.4)
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", aspect="equal", interpolation="nearest")
     axes.set_title(title, loc="left")
@@ -152,7 +152,7 @@ def plot_similarity(
     bar = figure.colorbar(image, ax=axes, shrink=0.9)
     bar.set_label("cosine similarity")
     bar.outline.set_visible(False)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -170,7 +170,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for column in columns:
         values = [row.get(column) for row in rows]
-        cells = [column, *map(_cell, values)]
+        cells = [column, *map(cell_text, values)]
         width = max(map(len, cells))
         numeric = any(isinstance(value, int | float) for value in values)
         cells.insert(1, "-" * width)
@@ -178,13 +178,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*lines))
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -201,17 +201,17 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+def series_of(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     values = (record.get(name) for record in records)
     return [float(value) if isinstance(value, int | float) else math.nan for value in values]
 
 
-def _markers(steps: Sequence[int]) -> dict[str, Any]:
+def markers_at(steps: Sequence[int]) -> dict[str, Any]:
     """Dots where lines alone would show nothing."""
     return {"marker": "o", "markersize": 3.5} if len(steps) < 10 else {}
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     """A figure of its own, drawn with Agg: no display, no global state of pyplot."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -223,7 +223,7 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _save(figure, path: Path) -> Path:
+def save_figure(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

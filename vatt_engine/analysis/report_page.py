@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vatt_engine.analysis.report import GRID, LOSS_TERMS, _cell, _figure, _markers, _series
+from vatt_engine.analysis.report import GRID, LOSS_TERMS, cell_text, markers_at, new_figure, series_of
 
 RUN_COLORS = ("#1f77b4", "#d1662c", "#2a8f5a", "#7b4fa3", "#8c6d1f", "#c2405f", "#4d5560")
 HEAD = """<!doctype html>
@@ -88,17 +88,17 @@ def losses(runs: Sequence[RunReport]) -> bytes | None:
     """The picture of every loss term over steps, a line for each run; None where nothing was recorded."""
 
     def recorded(run: RunReport, term: str) -> bool:
-        return any(value and math.isfinite(value) for value in _series(run.records, term))
+        return any(value and math.isfinite(value) for value in series_of(run.records, term))
 
     terms = [term for term in LOSS_TERMS if any(recorded(run, term) for run in runs)]
     if not terms:
         return None
-    figure = _figure(4.2 * len(terms), 3.6)
+    figure = new_figure(4.2 * len(terms), 3.6)
     for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms):
         for run, color in zip(runs, cycle(RUN_COLORS)):
             steps = [record["step"] for record in run.records]
             label = run.name.replace("$", r"\$")  # matplotlib would read mathematics
-            axes.plot(steps, _series(run.records, term), color=color, label=label, **_markers(steps))
+            axes.plot(steps, series_of(run.records, term), color=color, label=label, **markers_at(steps))
         axes.set_title(LOSS_TERMS[term], loc="left", fontsize=10)
         axes.set(xlabel="step", ylabel="loss (nats)")
         axes.grid(**GRID)
@@ -141,7 +141,7 @@ def _clips(answers: Iterable[Answer]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    return _html_table([{escape(name): escape(_cell(value)) for name, value in row.items()} for row in rows])
+    return _html_table([{escape(name): escape(cell_text(value)) for name, value in row.items()} for row in rows])
 
 
 def _html_table(rows: Sequence[Mapping[str, str]]) -> str:

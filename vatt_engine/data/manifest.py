@@ -187,7 +187,7 @@ def _jsonl_samples(path: Path, file: TextIO) -> Iterator[Sample]:
         if not isinstance(row, dict):
             raise fault(path, line, "the row", f"be a JSON object, got {short(row)}", "One object per line.")
         check_keys(path, line, "", row, KEYS, required=("path",))
-        captions = _captions(path, line, row.get("captions"))
+        captions = checked_captions(path, line, row.get("captions"))
         yield _sample(path, index, line, row["path"], captions, row.get("label"), row.get("start"), row.get("end"))
         index += 1
 
@@ -221,7 +221,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _csv_captions(path: Path, line: int, row: dict[str, str]) -> tuple[Caption, ...]:
     if row.get("captions"):
-        return _captions(path, line, parse_json(path, line, "captions", row["captions"]))
+        return checked_captions(path, line, parse_json(path, line, "captions", row["captions"]))
     if not (row.get("caption") or row.get("start") or row.get("end")):
         return ()
     start, end = (seconds(path, line, key, row[key]) for key in ("start", "end"))
@@ -233,7 +233,7 @@ def _csv_label(cell: str | None) -> int | str | None:
     return int(cell) if digits.isdecimal() and digits.isascii() and len(digits) < 19 else cell or None
 
 
-def _captions(path: Path, line: int, rows: Any) -> tuple[Caption, ...]:
+def checked_captions(path: Path, line: int, rows: Any) -> tuple[Caption, ...]:
     if rows is None:
         return ()
     if not isinstance(rows, list):
@@ -277,11 +277,11 @@ def _sample(
     if end is not None and end <= start:
         raise fault(path, line, "end", f"be later than start ({start:g}), got {end:g}", "Are they swapped?")
     part = "" if (start, end) == (0, None) else f"#{start}-{'' if end is None else end}"
-    label = _label(path, line, label)
+    label = checked_label(path, line, label)
     return Sample(index, sample_id(name + part), path.parent / name, captions, label, line, start, end)
 
 
-def _label(path: Path, line: int, label: Any) -> int | str | tuple[int, ...] | None:
+def checked_label(path: Path, line: int, label: Any) -> int | str | tuple[int, ...] | None:
     if isinstance(label, list):
         if all(type(number) is int and 0 <= number < 2**63 for number in label) and len(set(label)) == len(label):
             return tuple(label)

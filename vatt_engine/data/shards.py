@@ -36,7 +36,7 @@ from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vatt_engine.data.manifest import Member, Sample, _captions, _label, read_manifest
+from vatt_engine.data.manifest import Member, Sample, checked_captions, checked_label, read_manifest
 from vatt_engine.data.rows import ManifestError, fault, opened, parse_json
 from vatt_engine.data.streams import MEMBER_SUFFIXES
 from vatt_engine.schema import short
@@ -238,8 +238,8 @@ def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: d
     if not members:
         raise row.error("video", "be given where audio is not, got neither")
     duration = row.get("duration", float, lambda v: 0 < v < math.inf, "be seconds above 0")
-    captions = _captions(row.index, row.line, row.values.get("captions"))
-    label = _label(row.index, row.line, row.values.get("label"))
+    captions = checked_captions(row.index, row.line, row.values.get("captions"))
+    label = checked_label(row.index, row.line, row.values.get("label"))
     return Sample(position, int(key, 16), tar / key, captions, label, row.line, duration=duration, **members)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vatt_engine.analysis.report import _read_records
+from vatt_engine.analysis.report import read_records
 from vatt_engine.analysis.report_page import Answer, RunReport, page, thumbnail
 from vatt_engine.batch import Batch
 from vatt_engine.data.loader import Loader
@@ -91,7 +91,7 @@ def report(config: ReportConfig) -> Path:
 def _read_run(run: str, config: ReportConfig, samples: Sequence[Sample], queries: Sequence[Sample]) -> RunReport:
     folder = Path(run)
     settings = load_config(str(folder / "config.yaml"))
-    records = _read_records(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     last = records[-1] if records else {}
     facts = {"model": settings.model.name, "backbone": settings.model.backbone, "step": last.get("step")}
     facts |= {"batch size": settings.data.batch_size, "peak learning rate": f"{settings.optim.lr:g}"}

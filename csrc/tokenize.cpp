@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "clones.h"
 #include "parallel.h"
 #include "tensor_view.h"
 #include "tokenize_params.h"
@@ -18,13 +19,6 @@ namespace py = pybind11;
 
 namespace vatt {
 namespace {
-
-// Compiled for each level of the instruction set, chosen when the module is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VATT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VATT_CLONES
-#endif
 
 using Optional = std::optional<TensorView>;
 

@@ -3,7 +3,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.dlpack import to_dlpack
 
+from vatt_engine import _C
 from vatt_engine.data.augment import (
     AugmentConfig,
     _inception_box,
@@ -14,7 +16,9 @@ from vatt_engine.data.augment import (
     augment_audio,
     augment_video,
     center_crop,
+    change_colors,
 )
+from vatt_engine.testing import error_budget
 
 STILL = AugmentConfig(crop="none", flip=0, color_jitter=0)
 
@@ -116,12 +120,58 @@ def test_same_colours_and_box_for_all_frames():
             assert torch.equal(view, view[:1].expand_as(view))
 
 
-def test_large_clips_are_coloured_in_parts_alike():
+CHANGES = [
+    (0.1, 1.3, 0.7, 0.13),
+    (-32 / 255, 0.6, 1.4, -0.2),
+    (1.0, 1.4, 1.4, 0.5),
+    (-1.0, 0.0, 0.0, -0.5),
+    (0.0, 50.0, 1.0, 0.0),
+    (0.0, 1.0, 1.3, 0.0),
+    (0.0, 1.0, 1.0, 1e-6),
+]
+
+
+def in_colors(frames, change, dtype):
+    return change_colors(frames.permute(3, 0, 1, 2).to(dtype), *change).permute(1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 13), (2, 16, 32), (2, 31, 33), (1, 224, 224)])
+def test_native_colours_are_those_of_float64(shape, change):
+    """Half a level, and what float32 costs PyTorch: greys, primaries and ties among them."""
+    frames = clip(*shape)
+    special = colors(0).T.mul(255).round().to(torch.uint8)
+    frames.view(-1, 3)[: len(special)] = special[: frames.numel() // 3]
+    exact, single = (in_colors(frames, change, dtype).clamp(0, 255) for dtype in (torch.float64, torch.float32))
+    native = frames.clone()
+    _C.color_jitter(to_dlpack(native), *change)
+    assert (native - exact).abs().max() <= 0.5 + error_budget(single, exact)
+
+
+def test_colours_without_the_native_module(monkeypatch):
+    """PyTorch alone gives the same view, but for colours that lie halfway between two levels."""
+    config = AugmentConfig(crop="none", flip=0, color_jitter=1)
+    native = augment_video(clip(5, 200, 200), 200, config, seeded(3)).int()
+    monkeypatch.setattr("vatt_engine.data.augment.native_missing", lambda: "not built")
+    view = augment_video(clip(5, 200, 200), 200, config, seeded(3)).int()
+    assert (view - native).abs().max() <= 1
+    assert (view != native).float().mean() < 1e-4
+
+
+def test_every_frame_of_a_clip_is_coloured_as_it_would_be_alone():
     frames = clip(5, 200, 200)
     config = AugmentConfig(crop="none", flip=0, color_jitter=1)
     together = augment_video(frames, 200, config, seeded(3))
     singly = [augment_video(frame[None], 200, config, seeded(3)) for frame in frames]
     assert torch.equal(together, torch.cat(singly))
+
+
+@pytest.mark.parametrize(
+    "frames", [clip(2, 4, 4).float(), clip(2, 4, 4)[..., :2], clip(2, 4, 4).transpose(1, 2), clip(4, 4)]
+)
+def test_native_colours_refuse_what_is_no_clip(frames):
+    with pytest.raises(ValueError, match=r"color_jitter: frames must be contiguous uint8 \[T, H, W, 3\] on the cpu"):
+        _C.color_jitter(to_dlpack(frames), 0, 1, 1, 0)
 
 
 def test_flip_mirrors_left_and_right():

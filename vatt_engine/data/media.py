@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from vatt_engine.data.manifest import Member, Sample
-from vatt_engine.data.streams import DEFAULT_LIMITS, ROUNDING, MediaError, MediaLimits, Reach, Source, scaled_size
+from vatt_engine.data.streams import (
+    DEFAULT_LIMITS,
+    ROUNDING,
+    MediaError,
+    MediaLimits,
+    Reach,
+    Source,
+    contradictions,
+    scaled_size,
+)
 
 ESTIMATED = {"mp3", "aac", "ac3", "eac3", "h264", "hevc", "m4v", "mpegvideo"}  # bare streams: FFmpeg guesses a length
 BLOCK_SECONDS = 600  # of sound in memory at a time where it is streamed
@@ -300,8 +309,7 @@ class Media:
         with source.faults(), source.opened() as (container, streams):
             starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
             source.zero = 0.0 if source.member else float(min(starts, default=0))
-            if source.zero > 0.1 and "matroska" in container.format.name:  # so it looks where the first cluster is lost
-                self._notes.append(f"the file must begin at second 0, got its first frame at {source.zero:.3f} s.")
+            self._notes += contradictions(source.zero, container, streams)
             return _described(source.zero, container, streams)
 
     def _check_limits(self) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -250,7 +251,8 @@ class Source:
             if first < last:
                 wave[first:last] = pcm[first - offset : last - offset]
                 num_real = max(num_real, last)
-        reach = Reach(max(end, 0.0), 0.1, stop, num_real, num_samples, "samples", missing > 0.1)
+        slack = max(0.1 - missing, 0.0)  # holes and a lost end add up
+        reach = Reach(max(end, 0.0), slack, stop, num_real, num_samples, "samples", missing > 0.1)
         return wave.nan_to_num_().clamp_(-1, 1), num_real, reach
 
     def _runs(self, start: float, stop: float, sample_rate: int) -> Iterator[tuple[float, Tensor]]:
@@ -325,6 +327,23 @@ def read_member(member: Member, path: Path) -> bytearray:
 def _check_content(member: Member, path: Path) -> None:
     """As read_member; once per member that is as it should be."""
     read_member(member, path)
+
+
+def contradictions(zero: float, container: Any, streams: Mapping[str, Any]) -> Iterator[str]:
+    """What a damaged container says against itself, where FFmpeg takes it for another, shorter film."""
+    if zero > 0.1 and "matroska" in container.format.name:  # the first cluster is lost
+        yield f"the file must begin at second 0, got its first frame at {zero:.3f} s."
+    video, audio = streams.get("video"), streams.get("audio")
+    if video is not None and video.average_rate and video.codec_context.framerate and video.duration:
+        told, seconds = float(video.frames / video.average_rate), float(video.duration * video.time_base)
+        # A film trimmed by an edit list has more frames than it shows too, but at the rate that its codec was told.
+        if told > seconds + 0.5 and video.average_rate < video.codec_context.framerate / 2:
+            yield f"the table of {video.frames} frames must last as long as the video, {seconds:.3f} s, got {told:.3f} s."
+    bits = audio is not None and re.search(r"pcm_[fsu](\d+)", audio.codec_context.codec.name)
+    if bits and (told := audio.codec_context.bit_rate):
+        rate = audio.codec_context.sample_rate * audio.codec_context.channels * int(bits[1])
+        if told != rate:
+            yield f"the sound must have the {told} bits a second that the file promises, got {rate}."
 
 
 def scaled_size(width: int, height: int, short_side: int | None, multiple: int = 1) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """attention, softmax(q k^T / sqrt(D) + bias) v, at VATT's lengths (AGG included), in the forms that its towers use."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, compiled
+from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, check_values, compiled, one_pass
+from benchmarks.shapes import SHAPES
+from vatt_engine.dispatch import use_impl
 from vatt_engine.ops import attention, drop_token
 from vatt_engine.testing import randn
 
@@ -180,9 +183,45 @@ KEEP = Bench(
 )
 
 
+def dropout_op(_shape, q, k, v):
+    return attention(q, k, v, dropout_p=DROPOUT_P, seed=5)
+
+
+def dropout_exact(shape, q, k, v):
+    with use_impl(attention="reference"):
+        return dropout_op(shape, q, k, v)
+
+
+def check_dropout(bench, case, given):
+    """Ours drop the same; the library's masks are its own, and what it computes without them is checked above."""
+    checked = check_values(replace(bench, rivals={}), case, given)
+    shape = SHAPES[case.op][case.device][case.shape]
+    rivals = {name: one_pass(function, shape, given, case.passes) for name, function in bench.rivals.items()}
+    return checked._replace(calls=checked.calls | rivals)
+
+
+DROPOUT_P = 0.1
+DROPOUT = Bench(
+    name="attention_dropout",
+    stem="attention",
+    op=dropout_op,
+    rivals={"bare sdpa": lambda _shape, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT_P)},
+    inputs=inputs,
+    exact=dropout_exact,
+    check=check_dropout,
+    bytes_moved=bytes_moved,
+    flops=flops,
+)
+
+
 @cases(BENCH)
 def test_attention(measure, case):
     measure(BENCH, case)
+
+
+@cases(DROPOUT)
+def test_dropout(measure, case):
+    measure(DROPOUT, case)
 
 
 @cases(TEXT)

@@ -4,6 +4,7 @@
 #include <string>
 
 namespace vatt {
+void bind_attention(pybind11::module_& m);
 void bind_color_jitter(pybind11::module_& m);
 void bind_drop_token(pybind11::module_& m);
 void bind_nce_device(pybind11::module_& m);
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = VATT_VERSION;
   m.attr("has_cuda") = static_cast<bool>(VATT_HAS_CUDA);
   m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
+  vatt::bind_attention(m);
   vatt::bind_color_jitter(m);
   vatt::bind_drop_token(m);
   vatt::bind_nce_device(m);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "splitmix.h"
 
 namespace vatt {
 
@@ -36,14 +37,6 @@ struct SampleParams {
 constexpr int64_t kPositionMask = (1 << 20) - 1;      // the low bits of a key hold its position
 constexpr int64_t kMaxTokens = kPositionMask + 1;     // that can be sampled from
 constexpr int64_t kMaxTokensCuda = int64_t{1} << 13;  // whose keys a block sorts in its shared memory
-
-// The splitmix64 finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers.
-VATT_HOST_DEVICE uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
 
 VATT_HOST_DEVICE uint64_t sample_stream(const SampleParams& p, int64_t b) {
   const uint64_t stream = splitmix64(static_cast<uint64_t>(*p.seed));

@@ -62,6 +62,7 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def native_missing(*, cuda: bool = False) -> str | None:
     """The reason the native module cannot be used, or None; `cuda` asks for its CUDA kernels too."""
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
-from vatt_engine.dispatch import Impl, define_choice, triton_missing
-from vatt_engine.ops.attention_flash import Options, flash_attention, flash_refuses, split
+from vatt_engine.dispatch import Impl, define_choice, native_missing, triton_missing
+from vatt_engine.ops.attention_flash import Options, flash_attention, flash_refuses, native_refuses, split
 from vatt_engine.splitmix import splitmix64
 
 
@@ -59,8 +59,8 @@ def attention(
             (on the CPU; a GPU kernel stops the run) keep holds a position outside the rows, or (on the CPU) one twice.
 
     Source: paper section 3.2; official vatt/modeling/common/transformers.py and backbones/text/t5.py.
-    Implementations: sdpa (torch's library attention, no seed), reference (plain PyTorch, scores stored), triton (GPU,
-    D of 16, 32 or 64, unmeasured).
+    Implementations: cpp (CPU, dropout of dense sequences), sdpa (torch's library attention, no seed), reference (plain
+    PyTorch, scores stored), triton (GPU, D of 16, 32 or 64, unmeasured).
 
     >>> x = torch.ones(1, 1, 2, 4)
     >>> attention(x, x, x).mean().item()
@@ -302,6 +302,7 @@ def _sdpa_refuses(q: Tensor, k: Tensor | None, v: Tensor | None, options: Option
 _attention = define_choice(
     "attention",
     impls=[
+        Impl("cpp", "cpu", flash_attention, missing=native_missing, refuses=native_refuses),
         Impl("sdpa", "any", attention_sdpa, refuses=_sdpa_refuses),
         Impl("reference", "any", attention_reference),
         Impl("triton", "cuda", flash_attention, missing=triton_missing, refuses=flash_refuses, unmeasured=True),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vatt_engine.dispatch import Impl, define_op, triton_missing
+from vatt_engine.dispatch import Impl, define_op, native_missing, triton_missing
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 64)
@@ -49,6 +49,23 @@ def flash_refuses(q: Tensor, k: Tensor | None, v: Tensor | None, options: Option
     if q.shape[-1] not in _HEAD_DIMS:
         return f"takes a head_dim of 16, 32 or 64, got {q.shape[-1]}"
     return None
+
+
+def native_refuses(q: Tensor, k: Tensor | None, v: Tensor | None, options: Options) -> str | None:
+    """Why the native code, which is for the dropout of dense sequences, cannot take these arguments, or None."""
+    if q.dtype not in _DTYPES:
+        return f"multiplies float32, bfloat16 or float16, got {q.dtype}"
+    given = [name for name in ("keep", "bias", "key_mask", "cu_seqlens") if getattr(options, name) is not None]
+    if given:
+        return f"takes no {given[0]}"
+    return None if options.dropout_p > 0 else "drops probabilities; without dropout torch's library is as fast"
+
+
+def _native_refuses_pass(*args: object) -> str | None:
+    """The same for either private op, whose tensors before `keep` are three or six."""
+    first = 3 if len(args) == 10 else 6
+    keep, bias, key_mask, seed, cu_seqlens, dropout_p, scale = args[first : first + 7]
+    return native_refuses(*args[:3], Options(keep, bias, key_mask, cu_seqlens, dropout_p, seed, scale))
 
 
 def _rows_of(q: Tensor, keep: Tensor | None) -> int:
@@ -94,7 +111,14 @@ _fwd = define_op(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
     fake=_fwd_fake,
     impls=[
-        Impl("triton", "cuda", "vatt_engine.kernels.attention:attention_fwd", missing=triton_missing, unmeasured=True)
+        Impl(
+            "cpp",
+            "cpu",
+            "vatt_engine.ops.attention_native:fwd_cpp",
+            missing=native_missing,
+            refuses=_native_refuses_pass,
+        ),
+        Impl("triton", "cuda", "vatt_engine.kernels.attention:attention_fwd", missing=triton_missing, unmeasured=True),
     ],
     flops=_fwd_flops,
 )
@@ -105,8 +129,15 @@ _bwd = define_op(
     fake=_bwd_fake,
     impls=[
         Impl(
+            "cpp",
+            "cpu",
+            "vatt_engine.ops.attention_native:bwd_cpp",
+            missing=native_missing,
+            refuses=_native_refuses_pass,
+        ),
+        Impl(
             "triton", "cuda", "vatt_engine.kernels.attention_bwd:attention_bwd", missing=triton_missing, unmeasured=True
-        )
+        ),
     ],
     flops=_bwd_flops,
 )

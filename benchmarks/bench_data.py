@@ -148,7 +148,7 @@ def metrics(shape, _dtype, seconds):
     return {"clips/s": clips / seconds, "frames/s": clips * shape.frames / seconds}
 
 
-# Clips that a loader has begun when its turn ends go on; those of raw files take long, and synthetic does not mind them.
+# Clips that a loader has begun when its turn ends go on: those of raw files, which take long, beside synthetic.
 RIVALS = {"loader": loader, "synthetic": synthetic}
 RIVALS |= {f"shards-{codec}": partial(loader, kind=codec) for codec in CODECS}
 RIVALS |= {f"dali-{codec}": partial(loader, kind=codec, by="dali") for codec in ("vp9", "mjpeg")}

@@ -176,7 +176,7 @@ def test_every_short_decode_is_noticed_of_a_thousand(tmp_path, monkeypatch, suff
 @pytest.mark.parametrize(
     ("suffix", "place", "new", "note"),
     [
-        ("mp4", b"stts", 9 * 1024, "the table of 30 frames must last as long as the video, 3.000 s, got 27.000 s."),
+        ("mp4", b"stts", 9 * 1024, "the 30 frames must last as long as the video, 3.000 s, got 27.000 s."),
         ("wav", b"WAVEfmt \x10\0\0\0", 24_384, "the sound must have the 128000 bits a second .* got 390144."),
     ],
 )

@@ -338,7 +338,7 @@ def contradictions(zero: float, container: Any, streams: Mapping[str, Any]) -> I
         told, seconds = float(video.frames / video.average_rate), float(video.duration * video.time_base)
         # A film trimmed by an edit list has more frames than it shows too, but at the rate that its codec was told.
         if told > seconds + 0.5 and video.average_rate < video.codec_context.framerate / 2:
-            yield f"the table of {video.frames} frames must last as long as the video, {seconds:.3f} s, got {told:.3f} s."
+            yield f"the {video.frames} frames must last as long as the video, {seconds:.3f} s, got {told:.3f} s."
     bits = audio is not None and re.search(r"pcm_[fsu](\d+)", audio.codec_context.codec.name)
     if bits and (told := audio.codec_context.bit_rate):
         rate = audio.codec_context.sample_rate * audio.codec_context.channels * int(bits[1])

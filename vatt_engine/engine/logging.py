@@ -86,13 +86,22 @@ class RunLog:
         record["eta_seconds"] = (now - self.start) / max(step - self.first_step, 1) * (self.total_steps - step)
         record["seconds"] = now - self.start
         self.last, self.last_step = now, step
+        self._record(record)
+        self.progress(step, values, record)
+        return record
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Record what was found after `step` steps, and say so; the time that it took is no part of the throughput."""
+        self._record({"step": step, **values})
+        self.say(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        self.last = time.perf_counter()
+
+    def _record(self, record: Mapping[str, Any]) -> None:
         plain = {key: _finite(value) for key, value in record.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
         for sink in self.sinks:
-            sink.write(step, {key: value for key, value in record.items() if key != "step"})
-        self.progress(step, values, record)
-        return record
+            sink.write(record["step"], {key: value for key, value in record.items() if key != "step"})
 
     def event(self, step: int, what: str, **details: Any) -> None:
         """Record something that happened, a line of JSON in events.jsonl, and say so."""
@@ -188,6 +197,9 @@ class NoLog:
         pass
 
     def write(self, step: int, values: Mapping[str, float], *, clips: int) -> None:
+        pass
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         pass
 
     def event(self, step: int, what: str, **details: Any) -> None:

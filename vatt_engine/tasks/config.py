@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig
@@ -53,10 +53,14 @@ class PretrainConfig:
     Args:
         out: run folder; receives config.yaml, env.json, metrics.jsonl, tokenizer.json, checkpoints/, quarantine.jsonl,
             plots/, and at the end model/, which `from_pretrained` loads.
+        heldout: set whose loss is recorded, like `data.train`; "" is none.
+        evaluate_every: steps per evaluation on it; before the first and after the last step it is always evaluated.
     """
 
     verb: ClassVar[str] = "pretrain"
     out: str = "runs/pretrain"
+    heldout: str = ""
+    evaluate_every: int = 1_000
     model: VATTConfig = field(default_factory=VATTConfig)
     text: WordsConfig = field(default_factory=WordsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -68,6 +72,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("PretrainConfig: out must be the name of a folder, got ''.")
+        if self.evaluate_every < 1:
+            raise ValueError(f"PretrainConfig: evaluate_every must be at least 1, got {self.evaluate_every}.")
 
     def check_shapes(self) -> None:
         """Refuse clips of another size than the model's.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import ClassLossConfig

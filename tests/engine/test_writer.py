@@ -49,6 +49,41 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
     assert_holds(load_latest(tmp_path), 1)
 
 
+def test_what_lasts_is_copied_before_settle_returns(tmp_path, monkeypatch):
+    """By the thread; the others at once."""
+    gate, writer, live = threading.Event(), CheckpointWriter(), tensors(1)
+    copy = writer._copy
+    monkeypatch.setattr(writer, "_copy", lambda values: (("model", "p1") in values and gate.wait(60), copy(values))[1])
+    writer.save(tmp_path, 1, live, {"step": 1}, lasts=lambda group, name: name.startswith("p"))
+    live["model"]["count"].fill_(-1)
+    assert not writer._copied.is_set()
+    gate.set()
+    writer.settle()
+    for value in live["model"].values():
+        value.fill_(-1)
+    writer.finish()
+    assert_holds(load_latest(tmp_path), 1)
+    writer.settle()  # there is nothing to wait for
+
+
+def test_a_copy_that_does_not_fit_into_memory_is_news(tmp_path, monkeypatch):
+    writer = CheckpointWriter()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", _full)
+        writer.save(tmp_path, 1, tensors(1), {"step": 1}, lasts=lambda group, name: True)
+        writer.settle()
+        with pytest.raises(OSError, match="can't allocate memory"):
+            writer.finish()
+    assert writer.news()[0].startswith("warning: the checkpoint could not be written")
+    save(writer, tmp_path, 2)
+    writer.finish()
+    assert_holds(load_latest(tmp_path), 2)
+
+
+def _full(*args, **kwargs):
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
 def test_a_save_waits_for_the_one_before_and_says_so(tmp_path, monkeypatch):
     gate, write = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *a, **k: (gate.wait(60), write(*a, **k))[1])

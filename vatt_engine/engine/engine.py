@@ -84,6 +84,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
+        self.versions = versions("vatt_engine", "torch")
         self.writer = CheckpointWriter(keep=config.keep_checkpoints)
         self.parts = config.accumulate
         if config.halve_on_oom and run_dir is not None and (path := Path(run_dir) / PARTS_FILE).is_file():
@@ -131,6 +132,7 @@ class Engine:
             for buffer, value in before:
                 buffer.copy_(value)
             self.strategy.begin(lr)
+        self.writer.settle()
         norm, taken = self.strategy.update()
         if not taken:
             for buffer, value in before:
@@ -243,8 +245,8 @@ class Engine:
         """
         tensors = self.strategy.export_state()
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
-        state = {**counters, "random": random_state(), "versions": versions("vatt_engine", "torch"), "extra": extra}
-        self.writer.save(self._folder(), self.finished, tensors, state)
+        state = {**counters, "random": random_state(), "versions": self.versions, "extra": extra}
+        self.writer.save(self._folder(), self.finished, tensors, state, lasts=self.strategy.lasts)
         return self.writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:

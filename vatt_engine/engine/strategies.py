@@ -89,6 +89,7 @@ class Single:
     def __init__(self, trained: Trained, optim: OptimConfig, *, on_cpu: bool | None = None):
         self.trained, self.clip_norm = trained, optim.clip_norm
         self.parameters = trainable(trained)
+        self.weights = {name for name, _ in trained.model.named_parameters()}
         self.clipped = {name for name in self.parameters if name.startswith(optim.clip_prefix)}
         if not self.clipped:
             names = f"{next(iter(self.parameters))} and others"
@@ -123,6 +124,10 @@ class Single:
         return norm, finite
 
     # ------------------------------------------------------------------------------------ the state, by name
+
+    def lasts(self, group: str, name: str) -> bool:
+        """Whether a tensor of the state is the same until `update`: buffers are not, nor what belongs to a loss."""
+        return group == "optimizer" or (group == "model" and name in self.weights)
 
     def export_state(self) -> State:
         """The whole state in groups, tensors of full size: "model", "loss" if it has any, and "optimizer".

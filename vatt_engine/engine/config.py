@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
 
 
@@ -21,10 +22,11 @@ class EngineConfig:
         accumulate: parts of a rank's share of the batch that go through the backbones one after the other, for memory;
             heads, BatchNorm and loss see the whole batch, so the negatives of a contrastive loss stay the same.
         strategy: "single", "ddp", "zero1", "zero2" or "zero3" (DeepSpeed); "auto" is single on one process and on
-            several ddp, or zero2 from 300 million trainable parameters.
+            several ddp, or zero2 from 300 million trainable parameters where it can be.
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones; not with zero3.
+        compile: torch.compile of the backbones by its mode, or "off". "reduce-overhead" replays them as CUDA graphs, on
+            a GPU, and needs single or ddp; the others are not for zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32); "auto" is
             the one that the device is faster at, see `preferred_precision`.
         halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
@@ -46,7 +48,7 @@ class EngineConfig:
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     offload: bool = False
     checkpoint_activations: bool = False
-    compile: bool = False
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "off"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     halve_on_oom: bool = False
     max_skipped: int = 20
@@ -74,9 +76,14 @@ class EngineConfig:
             raise ValueError(f"EngineConfig: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
         if self.offload and self.strategy not in ("zero2", "zero3"):
             raise ValueError(f"EngineConfig: offload must be false with strategy {self.strategy}, got True.")
-        if self.compile and self.strategy == "zero3":
+        if self.compile not in COMPILE_MODES:
+            raise ValueError(f"EngineConfig: compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}.")
+        if self.compile != "off" and self.strategy == "zero3":
             hint = "Its parameters come and go between the layers."
-            raise ValueError(f"EngineConfig: compile must be false with strategy zero3, got True. {hint}")
+            raise ValueError(f"EngineConfig: compile must be off with strategy zero3, got {self.compile!r}. {hint}")
+        if self.compile == "reduce-overhead" and self.strategy.startswith("zero"):
+            hint = "DeepSpeed holds on to gradients, which the next replay of a graph writes over."
+            raise ValueError(f"EngineConfig: compile must not be reduce-overhead with {self.strategy}. {hint}")
 
     def torch_device(self) -> torch.device:
         """The device to train on; of several GPUs the one of this process's LOCAL_RANK, as launchers set it.

@@ -143,7 +143,7 @@ class Engine:
     def _backward(self, batch: Any) -> dict[str, Tensor]:
         """Gradients of the loss; returns its terms."""
         seed: int | Tensor = derive_seed(self.config.seed, self.finished)
-        if self.config.compile:
+        if self.config.compile != "off":
             seed = torch.tensor(seed, device=self.device)  # a number would be compiled in
         parts = min(self.parts, len(batch))
         if parts > 1:
@@ -161,7 +161,7 @@ class Engine:
             if x is not None:
                 x.requires_grad_()
         self._set_random(len(parts))
-        terms = self.strategy.run("terms", whole, batch)
+        terms = self.strategy.run("terms", dict(whole), batch)  # DeepSpeed puts other tensors into the dict it gets
         self.strategy.backward(_or_nan(terms.total), last=False)
         used = {name: x.grad for name, x in whole.items() if x is not None and x.grad is not None}
         gradients = {name: grad.split([len(c[name]) for c in computed]) for name, grad in used.items()}
@@ -196,11 +196,12 @@ class Engine:
 
     @torch.no_grad()
     def _pooled(self, parts: list[Any], seed: int | Tensor) -> list[dict[str, Tensor | None]]:
-        """The features of each part, without their graph."""
+        """The features of each part, without their graph; clones, as a CUDA graph writes each into the same memory."""
         computed = []
         for index, part in enumerate(parts):
             self._set_random(index)
-            computed.append(self.strategy.run("features", part, seed))
+            features = self.strategy.run("features", part, seed)
+            computed.append({name: None if x is None else x.clone() for name, x in features.items()})
         return computed
 
     def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> None:
@@ -287,7 +288,8 @@ def _strategy_name(trained: Trained, config: EngineConfig, optim: OptimConfig) -
     if world_size() == 1:
         return "single"
     many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
-    return "zero2" if config.strategy == "auto" and many and not optim.clip_prefix else "ddp"
+    able = not optim.clip_prefix and config.compile != "reduce-overhead"
+    return "zero2" if config.strategy == "auto" and many and able else "ddp"
 
 
 def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:

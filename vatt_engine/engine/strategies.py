@@ -29,23 +29,27 @@ class Trained(nn.Module):
             depends on another, and `heads(**features)` it can be trained part by part.
         loss: called as `loss(outputs, batch)`; a module's parameters are trained too.
         autocast: run the module, and not the loss, in bfloat16 where that is safe.
-        compiled: compile the features (the heads talk to other ranks).
+        compiled: mode to compile the features in (the heads talk to other ranks), or "off". Under "reduce-overhead" a
+            call writes features, and its backward pass gradients, into the same memory as the call before.
     """
 
-    def __init__(self, module: nn.Module, loss: Callable[..., Any], *, autocast: bool, compiled: bool):
+    def __init__(self, module: nn.Module, loss: Callable[..., Any], *, autocast: bool, compiled: str):
         super().__init__()
         self.model, self.loss = module, loss
         self.autocast = autocast
         self.splits = hasattr(module, "features") and hasattr(module, "heads")
         self.compute = module.features if self.splits else module.__call__
-        if compiled:
-            self.compute = torch.compile(self.compute)
+        self.replays = compiled == "reduce-overhead"
+        if compiled != "off":
+            self.compute = torch.compile(self.compute, mode=compiled)
 
     def forward(self, part: str, *args: Any) -> Any:
         """`part` is "features", "terms" (of features) or "whole": every call comes through here, for ZeRO's hooks."""
         return getattr(self, part)(*args)
 
     def features(self, batch: Any, seed: int | Tensor) -> Any:
+        if self.replays:  # nothing of the call before is in use any more
+            torch.compiler.cudagraph_mark_step_begin()
         with self._precision():
             return self.compute(batch, seed=seed)
 
@@ -95,6 +99,9 @@ class Single:
             names = f"{next(iter(self.parameters))} and others"
             raise ValueError(f"optim: clip_prefix must begin the name of {names}, got {optim.clip_prefix!r}.")
         self.optimizer = build_optimizer(self.parameters.items(), optim, on_cpu=on_cpu)
+        if trained.replays:  # autograd takes the graph's memory for `grad`, see pytorch issue 169545
+            for parameter in self.parameters.values():
+                parameter.register_post_accumulate_grad_hook(_own_gradient)
 
     def begin(self, lr: float) -> None:
         """A step with this learning rate begins: no gradients yet."""
@@ -194,6 +201,10 @@ class Single:
             parameter = self.parameters[name]
             device = {key: "cpu" if value.ndim == 0 else parameter.device for key, value in values.items()}
             self.optimizer.state[parameter] = {k: v.to(device[k], copy=True) for k, v in values.items()}
+
+
+def _own_gradient(parameter: Tensor) -> None:
+    parameter.grad = parameter.grad.clone()
 
 
 class DDP(Single):

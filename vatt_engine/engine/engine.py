@@ -244,7 +244,7 @@ class Engine:
         Raises:
             OSError: with `wait`, it could not be written; older checkpoints are intact.
         """
-        tensors = self.strategy.export_state()
+        tensors = self.strategy.export_state(rank(), world_size())
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
         state = {**counters, "random": random_state(), "versions": self.versions, "extra": extra}
         self.writer.save(self._folder(), self.finished, tensors, state, lasts=self.strategy.lasts)

@@ -7,7 +7,7 @@ the whole state by name, whatever it looks like inside: a checkpoint of any stra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from vatt_engine.collectives import world_size
+from vatt_engine.engine.checkpoint import share
 from vatt_engine.engine.optim import OptimConfig, build_optimizer, clip_by_global_norm
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in torch's DDP
@@ -136,22 +137,24 @@ class Single:
         """Whether a tensor of the state is the same until `update`: buffers are not, nor what belongs to a loss."""
         return group == "optimizer" or (group == "model" and name in self.weights)
 
-    def export_state(self) -> State:
-        """The whole state in groups, tensors of full size: "model", "loss" if it has any, and "optimizer".
+    def export_state(self, rank: int = 0, size: int = 1) -> State:
+        """The state in groups, tensors of full size: "model", "loss" if it has any, and "optimizer".
 
-        All ranks must call it, and all get all of it. It may be the live tensors, which the next step changes; where
-        ranks hold parts it is copies on the CPU, gathered one after the other.
+        All ranks must call it. It may be the live tensors, which the next step changes; where ranks hold parts it is
+        copies on the CPU, gathered one after the other.
+
+        Args:
+            rank, size: whose `share` of the state to keep, by default all of it.
         """
-        state: State = {}
+        return share(self._items(), rank, size)
+
+    def _items(self) -> Iterator[tuple[str, str, Tensor]]:
         for full, tensor in self.trained.state_dict(keep_vars=True).items():
             group, _, name = full.partition(".")
-            state.setdefault(group, {})[name] = self._read(tensor)
-        state["optimizer"] = {
-            f"{full}/{key}": value
-            for full, parameter in self.parameters.items()
-            for key, value in self._read_moments(parameter).items()
-        }
-        return state
+            yield group, name, self._read(tensor)
+        for full, parameter in self.parameters.items():
+            for key, value in self._read_moments(parameter).items():
+                yield "optimizer", f"{full}/{key}", value
 
     def import_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Undo of `export_state`, from the whole state on every rank.

@@ -57,7 +57,7 @@ class CheckpointWriter:
         Args:
             run_dir: run folder; on several ranks one that all of them see.
             step: number of finished steps.
-            tensors: groups of named tensors, the same on all ranks.
+            tensors: groups of named tensors, on several ranks the `checkpoint.share` of this one.
             state: JSON values.
             lasts: whether nobody changes the tensor of this group and name before `settle` returns.
         """
@@ -68,8 +68,6 @@ class CheckpointWriter:
             self._news.append(f"step {step}: training waited {waited:.1f} s for the checkpoint before to be written")
         self.join()
         meeting = self._next_meeting()
-        if meeting is not None:
-            tensors = checkpoint.share(tensors, meeting.rank, meeting.size)
         now, later = {}, {}
         for group, values in tensors.items():
             for name, value in values.items():

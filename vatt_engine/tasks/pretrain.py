@@ -55,6 +55,7 @@ class PretrainLoss(VATTLoss):
         self.seen = {name: (value, masks.get(name)) for name, value in present.items()}
         return super().forward(embeddings, audio_mask=batch.audio_mask, text_mask=batch.text_mask)
 
+    @torch.no_grad()
     def monitors(self) -> dict[str, float]:
         """Spread of each embedding that was there, and the temperature."""
         found = {}
@@ -171,7 +172,7 @@ def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     if config.heldout:
         heldout = HeldOut(config, vocabulary, device=device, quarantine=faults.with_name(f"heldout.{faults.name}"))
     stopped = train(config, engine, loader, stop, resume=resume, notes=notes, heldout=heldout)
-    weights = engine.strategy.export_state()["model"]  # of all ranks
+    weights = engine.strategy.export_state(rank(), 1)["model"]  # on rank 0, gathered by all
     if rank() == 0:
         if not stopped:
             whole = build_model(config.model)

@@ -135,11 +135,9 @@ def test_the_same_masks_in_both_passes():
     assert not torch.equal(compiled(x), found[0])
 
 
-@pytest.mark.parametrize(
-    ("mode", "strategy"), [("default", "zero3"), ("reduce-overhead", "zero1"), ("reduce-overhead", "zero2")]
-)
-def test_config_refuses(mode, strategy):
-    with pytest.raises(ValueError, match=r"EngineConfig: compile must "):
-        EngineConfig(compile=mode, strategy=strategy)
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_config_refuses(strategy):
+    with pytest.raises(ValueError, match="EngineConfig: compile must not be reduce-overhead with zero"):
+        EngineConfig(compile="reduce-overhead", strategy=strategy)
     with pytest.raises(ValueError, match=r"EngineConfig: compile must be one of off, .* got 'max-autotune'"):
         EngineConfig(compile="max-autotune")

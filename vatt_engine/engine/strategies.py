@@ -146,7 +146,7 @@ class Single:
         Args:
             rank, size: whose `share` of the state to keep, by default all of it.
         """
-        return share(self._items(), rank, size)
+        return {"optimizer": {}} | share(self._items(), rank, size)  # there are no moments before the first step
 
     def _items(self) -> Iterator[tuple[str, str, Tensor]]:
         for full, tensor in self.trained.state_dict(keep_vars=True).items():

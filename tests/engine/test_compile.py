@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vatt_engine.engine import Engine, EngineConfig, OptimConfig, ScheduleConfig
-from vatt_engine.engine.config import COMPILE_MODES
+from vatt_engine.engine.config import Compile
 
-MODES = [mode for mode in COMPILE_MODES if mode != "off"]
+MODES = [mode for mode in get_args(Compile) if mode != "off"]
 
 
 class Rows(NamedTuple):

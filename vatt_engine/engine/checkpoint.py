@@ -111,8 +111,7 @@ def save(
 def share(items: Iterable[tuple[str, str, Tensor]], rank: int, size: int) -> dict[str, dict[str, Tensor]]:
     """The tensors that one of `size` ranks writes: each on the one that has least so far, in the order they come in.
 
-    Args:
-        items: (group, name, tensor), in the same order on all ranks. Taken one by one: those of others may vanish.
+    Of `items`, (group, name, tensor), in the same order on all ranks, those of others are let go at once.
 
     >>> share([("model", "a", torch.ones(4)), ("model", "b", torch.ones(1)), ("model", "c", torch.ones(2))], 1, 2)
     {'model': {'b': tensor([1.]), 'c': tensor([1., 1.])}}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-COMPILE_MODES = ("off", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
-STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
+Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
+Compile = Literal["off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,11 @@ class EngineConfig:
 
     steps: int = 500_000
     accumulate: int = 1
-    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    strategy: Strategy = "auto"
     offload: bool = False
     checkpoint_activations: bool = False
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "off"
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    compile: Compile = "off"
+    precision: Precision = "fp32"
     halve_on_oom: bool = False
     max_skipped: int = 20
     log_every: int = 50
@@ -70,14 +71,11 @@ class EngineConfig:
             raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
         if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
             raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"EngineConfig: precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}.")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"EngineConfig: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
+        for name, kind in {"strategy": Strategy, "compile": Compile, "precision": Precision}.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"EngineConfig: {name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
         if self.offload and self.strategy not in ("zero2", "zero3"):
             raise ValueError(f"EngineConfig: offload must be false with strategy {self.strategy}, got True.")
-        if self.compile not in COMPILE_MODES:
-            raise ValueError(f"EngineConfig: compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}.")
         if self.compile != "off" and self.strategy == "zero3":
             hint = "Its parameters come and go between the layers."
             raise ValueError(f"EngineConfig: compile must be off with strategy zero3, got {self.compile!r}. {hint}")

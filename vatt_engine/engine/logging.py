@@ -188,7 +188,7 @@ def _missing(package: str) -> str:
 
 
 class NoLog:
-    """Stands for `RunLog` on the ranks that have nothing to say, all but the first."""
+    """Stands for `RunLog` on the ranks that have nothing to say, all but the first: every call does nothing."""
 
     def __enter__(self) -> NoLog:
         return self
@@ -196,20 +196,8 @@ class NoLog:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def write(self, step: int, values: Mapping[str, float], *, clips: int) -> None:
-        pass
-
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def event(self, step: int, what: str, **details: Any) -> None:
-        pass
-
-    def go_back(self, step: int) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

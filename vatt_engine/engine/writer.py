@@ -79,13 +79,27 @@ class CheckpointWriter:
             side.wait_stream(torch.cuda.current_stream(device))
         self._copied.clear()
 
-        def write(copies: Mapping[str, Mapping[str, Tensor]]) -> Path:
-            return checkpoint.save(run_dir, step, copies, dict(state), keep=self.keep, meeting=meeting)
+        begin = threading.Event()  # so that `start` does not wait until the thread first lets go of Python
+
+        def write() -> None:
+            begin.wait()
+            torch.set_num_threads(1)  # of this thread: the others are training's
+            self._error = None
+            try:
+                with torch.cuda.stream(side):
+                    self._copy(later)
+                self._copied.set()
+                copies = {group: {name: self._copies[group, name] for name in tensors[group]} for group in tensors}
+                self._path = checkpoint.save(run_dir, step, copies, dict(state), keep=self.keep, meeting=meeting)
+            except (OSError, MemoryError, RuntimeError) as error:  # the host's memory may be full as well
+                self._error = error if isinstance(error, OSError) else OSError(str(error))
+                if meeting is not None:
+                    meeting.fail(str(error))
+            finally:
+                self._copied.set()
 
         # A daemon on several ranks: one whose peers have died must not wait for their word before it can end.
-        begin = threading.Event()  # so that `start` does not wait until the thread first lets go of Python
-        arguments = (begin, tensors, later, side, write, meeting)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=meeting is not None)
+        self._thread = threading.Thread(target=write, daemon=meeting is not None)
         self._thread.start()
         begin.set()
 
@@ -134,28 +148,3 @@ class CheckpointWriter:
             torch._foreach_copy_(copies, values, non_blocking=True)
         for device in {value.device for value in live.values() if value.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-
-    def _write(
-        self,
-        begin: threading.Event,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        later: Mapping[tuple[str, str], Tensor],
-        side: torch.cuda.Stream | None,
-        write: Callable[[Mapping[str, Mapping[str, Tensor]]], Path],
-        meeting: Meeting | None,
-    ) -> None:
-        begin.wait()
-        torch.set_num_threads(1)  # of this thread: the others are training's
-        self._error = None
-        try:
-            with torch.cuda.stream(side):
-                self._copy(later)
-            self._copied.set()
-            copies = self._copies
-            self._path = write({group: {name: copies[group, name] for name in tensors[group]} for group in tensors})
-        except (OSError, MemoryError, RuntimeError) as error:  # the host's memory may be full as well
-            self._error = error if isinstance(error, OSError) else OSError(str(error))
-            if meeting is not None:
-                meeting.fail(str(error))
-        finally:
-            self._copied.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,36 +109,6 @@ def _official(name: str) -> PretrainConfig:
     )
 
 
-def vatt_bbs() -> PretrainConfig:
-    """Base video, Base audio, Small text."""
-    return _official("vatt_bbs")
-
-
-def vatt_mbs() -> PretrainConfig:
-    """Medium video, Base audio, Small text."""
-    return _official("vatt_mbs")
-
-
-def vatt_lbs() -> PretrainConfig:
-    """Large video, Base audio, Small text."""
-    return _official("vatt_lbs")
-
-
-def vatt_ma_base() -> PretrainConfig:
-    """Modality-agnostic Base: one transformer for the three modalities."""
-    return _official("vatt_ma_base")
-
-
-def vatt_ma_medium() -> PretrainConfig:
-    """Modality-agnostic Medium."""
-    return _official("vatt_ma_medium")
-
-
-def vatt_ma_large() -> PretrainConfig:
-    """Modality-agnostic Large."""
-    return _official("vatt_ma_large")
-
-
 def demo() -> PretrainConfig:
     """The demo world on a CPU: vatt_tiny on 0.8 s of picture and sound, minutes on two cores."""
     steps = 600
@@ -161,9 +132,10 @@ def demo() -> PretrainConfig:
     )
 
 
+OFFICIAL = ("vatt_bbs", "vatt_mbs", "vatt_lbs", "vatt_ma_base", "vatt_ma_medium", "vatt_ma_large")
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (demo, vatt_bbs, vatt_mbs, vatt_lbs, vatt_ma_base, vatt_ma_medium, vatt_ma_large)
+    "demo": demo,
+    **{name: functools.partial(_official, name) for name in OFFICIAL},
 }
 
 

@@ -30,14 +30,12 @@ PLAIN = AugmentConfig(crop="none", scale_jitter=0.0, flip=0.0, color_jitter=0.0,
 class HeldOut:
     """Evaluates every so many steps, before the first and after the last.
 
-    The clips are those of a training epoch without augmentation: whole batches (a contrastive loss depends on their
-    size) of a fixed order, one fixed window of each file, another file in place of one that cannot be used. A run that
-    resumes at such a step evaluates it again, with the same result.
+    The clips are those of a training epoch without augmentation: whole batches, as large as in training or as the set
+    allows, of a fixed order, one fixed window of each file, another file in place of one that cannot be used. A run
+    that resumes at such a step evaluates it again, with the same result.
 
     Args:
-        config: of the run; batches are as large as in training, or as large as the set allows.
-        vocabulary: of the run.
-        device: of this rank.
+        config, vocabulary, device: of the run.
         quarantine: the .jsonl file that names faults.
 
     Raises:
@@ -48,14 +46,14 @@ class HeldOut:
     """
 
     def __init__(self, config: PretrainConfig, vocabulary: Vocabulary, *, device: torch.device, quarantine: Path):
-        samples, ranks = read_samples(config.heldout), {"rank": rank(), "world": world_size()}
+        samples = read_samples(config.heldout)
         size = min(config.data.batch_size, len(samples) // world_size() * world_size())
         if size < 2:
             raise ConfigError(f"vatt pretrain: heldout must hold at least {max(2, world_size())} clips, got {size}.")
         # A clip that cannot be used is no reason to stop training.
         data = replace(config.data, train=config.heldout, weights=(), augment=PLAIN, max_bad_fraction=1.0)
-        options = {"seed": config.engine.seed, "quarantine": quarantine, "batch_size": size}
-        self.loader = build_loader(samples, data, vocabulary, device=device, **options, **ranks)
+        options = {"seed": config.engine.seed, "quarantine": quarantine, "rank": rank(), "world": world_size()}
+        self.loader = build_loader(samples, data, vocabulary, device=device, batch_size=size, **options)
         self.begin, self.every, self.steps = self.loader.state_dict(), config.evaluate_every, config.engine.steps
         self.done: int | None = None  # the step that was evaluated last
 
@@ -123,7 +121,5 @@ def _summary(window: Sequence[StepOutput]) -> dict[str, float]:
     taken = [out for out in window if not out.skipped] or window[-1:]
     norms = {"grad_norm": torch.stack([out.grad_norm for out in taken]).mean()}
     means = {name: torch.stack([out.terms[name] for out in taken]).mean() for name in taken[0].terms}
-    values = (
-        all_reduce_sum(torch.stack([value.to(means["total"]) for value in (means | norms).values()])) / world_size()
-    )
-    return dict(zip(means | norms, values.tolist())) | {"lr": window[-1].lr}
+    sums = all_reduce_sum(torch.stack([value.to(means["total"]) for value in (means | norms).values()]))
+    return dict(zip(means | norms, (sums / world_size()).tolist())) | {"lr": window[-1].lr}

@@ -56,8 +56,8 @@ class Engine:
 
     Args:
         module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
-            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
-            then may change buffers of the heads only.
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; calls
+            then may change buffers of the heads only, and never parameters.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
         config: steps, accumulation, strategy, precision.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tasks.test_pretrain import config, records, world  # noqa: F401  (fixtures)
+from tasks.test_pretrain import SMALL, config, records, world  # noqa: F401  (fixtures)
 from tasks.test_signals import CODES, before
 
 from vatt_engine.analysis.report import plot_losses, read_records
@@ -22,6 +22,7 @@ from vatt_engine.engine.engine import Engine
 from vatt_engine.losses import VATTLoss
 from vatt_engine.models import from_pretrained
 from vatt_engine.schema import ConfigError, replace
+from vatt_engine.tasks.config import load_config
 from vatt_engine.tasks.pretrain import pretrain
 
 STILL = {"crop": "none", "scale_jitter": 0.0, "flip": 0.0, "color_jitter": 0.0, "audio_noise": 0.0}
@@ -70,9 +71,25 @@ def test_the_loss_is_that_of_the_model_without_dropout(evaluated):
     assert heldout(evaluated.out)[6] != heldout(evaluated.out)[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(("call", "step", "left"), [(3, 3, True), (4, 3, False), (5, 6, True), (6, 6, False)])
-def test_a_signal_in_it_saves_and_resumes_exactly(evaluated, monkeypatch, tmp_path, number, call, step, left):
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):  # noqa: F811
+    """The folder of a run that nothing interrupts."""
+    out, changes = str(tmp_path_factory.mktemp("straight") / "run"), {"heldout": str(world.train), "evaluate_every": 3}
+    pretrain(replace(load_config("demo"), SMALL | changes | {"data.train": str(world.train), "out": out}))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("number", "call", "step", "left"),
+    [
+        (signal.SIGTERM, 3, 3, True),
+        (signal.SIGUSR1, 3, 3, True),
+        (signal.SIGUSR1, 4, 3, False),
+        (signal.SIGTERM, 5, 6, True),
+        (signal.SIGUSR1, 6, 6, False),
+    ],
+)
+def test_a_signal_in_it_saves_and_resumes_exactly(evaluated, straight, monkeypatch, number, call, step, left):
     """Two batches at steps 0, 3 and 6 each; an evaluation that was cut short is made after the resume."""
     with monkeypatch.context() as patch:
         before(Engine, "evaluate", patch, number, call=call)
@@ -82,10 +99,8 @@ def test_a_signal_in_it_saves_and_resumes_exactly(evaluated, monkeypatch, tmp_pa
     assert (step not in heldout(evaluated.out)) == left
     assert (Path(evaluated.out) / "model").exists() == (call == 6)
     assert pretrain(evaluated, resume=True) == 0
-    straight = replace(evaluated, {"out": str(tmp_path / "straight")})
-    pretrain(straight)
-    assert_same_checkpoint(evaluated.out, straight.out)
-    assert heldout(evaluated.out) == heldout(straight.out)
+    assert_same_checkpoint(evaluated.out, straight)
+    assert heldout(evaluated.out) == heldout(straight)
 
 
 def test_a_signal_before_the_first_step_ends_at_once(evaluated, monkeypatch, capsys):

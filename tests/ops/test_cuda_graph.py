@@ -91,7 +91,7 @@ def test_cuda_graphs_train_as_eager_code_does(device, parts):
         torch.manual_seed(0)
         model = create_model("vatt_tiny")
         config = EngineConfig(device=device, accumulate=parts, compile=mode, strategy="single")
-        optim, schedule = OptimConfig(name="sgd", lr=0.05), ScheduleConfig(warmup_steps=0)
+        optim, schedule = OptimConfig(name="sgd", lr=1e-3), ScheduleConfig(warmup_steps=0)
         engine = Engine(model, lambda embeddings, _: VATTLoss()(embeddings), config, optim, schedule)
         losses.append([engine.step(clips(step, device)).terms["total"].item() for step in range(4)])
         states.append(engine.strategy.export_state()["model"])

@@ -319,7 +319,7 @@ def test_model_flops_are_those_that_torch_counts():
 
 def test_the_cost_of_a_checkpoint_is_measured(tmp_path):
     result = measure_checkpoints("vatt_tiny", tmp_path, rounds=2, device="cpu")
-    files = (tmp_path / "checkpoints").glob("step-00000002/*.safetensors")
+    files = max((tmp_path / "checkpoints").glob("step-*")).glob("*.safetensors")
     assert result["megabytes"] == pytest.approx(sum(file.stat().st_size for file in files) / 1e6, rel=0.05)
     assert 0 < result["stall"] < result["write"]
 

@@ -155,7 +155,7 @@ rng = random.Random(size)
 tensors = {"model": {f"p{i}": torch.full((20_000,), float(i)) for i in range(40)}}
 
 def train(run_dir, rank, port, tell):
-    meeting, part = None, share(tensors, rank, size)
+    meeting, part = None, share([("model", name, value) for name, value in tensors["model"].items()], rank, size)
     store = dist.TCPStore("127.0.0.1", port, None, False) if size > 1 else None
     for step in range(1, 10_000):
         meeting = Meeting(store, rank, size, f"try-{step}") if size > 1 else None

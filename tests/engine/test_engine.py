@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vatt_engine.engine.checkpoint import CheckpointError
+from vatt_engine.engine.checkpoint import CheckpointError, load_latest
 from vatt_engine.engine.engine import Engine, EngineConfig
 from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.optim import OptimConfig
@@ -127,6 +128,36 @@ def test_resumes_bit_for_bit_at_every_step(tmp_path, accumulate, precision):
         for step in range(stop, 12):
             second.step(rows(step))
         assert_same(everything(second), after[11])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_beside_the_copy_changes_nothing_of_it(tmp_path, monkeypatch, accumulate):
+    """The thread copies weights and moments only when the next step's gradients are there: buffers may have moved."""
+    engine, twin = (build(tmp_path / name, accumulate=accumulate) for name in ("background", "at once"))
+    for step in range(2):
+        engine.step(rows(step))
+        twin.step(rows(step))
+    gate, copy, settle, late = threading.Event(), engine.writer._copy, engine.writer.settle, []
+
+    def when_waited_for(values):
+        if threading.current_thread() is not threading.main_thread():
+            late.extend(values)
+            gate.wait(60)
+        copy(values)
+
+    monkeypatch.setattr(engine.writer, "_copy", when_waited_for)
+    monkeypatch.setattr(engine.writer, "settle", lambda: (gate.set(), settle()))
+    engine.save(wait=False)
+    before = everything(engine)
+    engine.step(rows(2))
+    assert not torch.equal(everything(engine)["model.norm.running_var"], before["model.norm.running_var"])
+    engine.writer.finish()
+    twin.save()
+    found, expected = load_latest(tmp_path / "background"), load_latest(tmp_path / "at once")
+    for group, values in expected.tensors.items():
+        assert [name for name, value in values.items() if not torch.equal(found.tensors[group][name], value)] == []
+    assert {("model", "first.weight"), ("optimizer", "model.first.weight/exp_avg")} <= set(late)
+    assert not {("model", "norm.running_var"), ("loss", "scale")} & set(late)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

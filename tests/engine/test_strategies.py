@@ -264,7 +264,7 @@ def test_checkpointed_activations_give_the_same_gradients(parts, dropout):
 
 def test_compiled_features_give_the_same_losses(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    compiled = build(compile=True)
+    compiled = build(compile="default")
     assert error(losses(compiled, 4), losses(build(), 4)) < STEP_TOLERANCE
 
 
@@ -294,8 +294,8 @@ def test_learnable_temperature_stays_in_its_bounds_under_zero():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="compile must be false with strategy zero3, got True"):
-        EngineConfig(compile=True, strategy="zero3")
+    with pytest.raises(ValueError, match="compile must be off with strategy zero3, got 'default'"):
+        EngineConfig(compile="default", strategy="zero3")
     tower = torch.nn.Linear(2, 2)
     options = {"device": "cpu", "strategy": "single"}
     for changed, message in (

@@ -98,6 +98,13 @@ def test_what_is_written_is_read(tmp_path):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_frozen_parameters_that_zero_3_left_out_are_named(tmp_path):
+    write_universal(tmp_path / "u9", universal(), buffers={"norm.running_mean"})
+    (tmp_path / "u9" / "mp_rank_00_model_states.pt").unlink()  # ZeRO 3 writes the other one alone
+    with pytest.raises(ValueError, match="frozen is frozen, and ZeRO 3 leaves frozen parameters out"):
+        read_universal(tmp_path / "u9")
+
+
 class Payload:
     def __reduce__(self):
         return (os.mkdir, ("executed",))

@@ -49,6 +49,22 @@ def test_plain_safetensors_both_ways(config, tmp_path):  # noqa: F811
         main([run, model])
 
 
+def test_what_deepspeed_has_no_place_for_is_refused(config, tmp_path, capsys):  # noqa: F811
+    """A learned temperature and SGD's velocity; a plain model is made of both."""
+    changes = {"engine.steps": 1, "optim.name": "sgd", "loss.learnable_temperature": True}
+    pretrain(replace(config, changes))
+    with pytest.raises(
+        ValueError, match=r"must have no parameters of the loss, .* universal one, got log_temperature\."
+    ):
+        main([config.out, str(tmp_path / "u"), "--to", "universal"])
+    assert main([config.out, str(tmp_path / "m")]) == 0
+    assert "note: log_temperature of the loss has no place in a model" in capsys.readouterr().err
+    fixed = replace(config, changes | {"loss.learnable_temperature": False, "out": str(tmp_path / "fixed")})
+    pretrain(fixed)
+    with pytest.raises(ValueError, match="must hold Adam's moments for DeepSpeed, got those of SGD"):
+        main([fixed.out, str(tmp_path / "u"), "--to", "universal"])
+
+
 def test_another_models_weights_are_refused(config, tmp_path):  # noqa: F811
     pretrain(replace(config, {"engine.steps": 1}))
     with pytest.raises(ValueError, match=r"must fit the model of its config, got: .*size mismatch|Missing key"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_pretrain import SMALL
 
+from vatt_engine.analysis.report import read_records
 from vatt_engine.data.demo import make_world
 from vatt_engine.engine.checkpoint import load_latest
 from vatt_engine.models import from_pretrained
@@ -30,6 +30,7 @@ def straight(tmp_path_factory) -> Path:
     world = make_world(folder / "world", num_train=20, num_heldout=2, num_threads=2)
     settings = {"engine.steps": 4, "engine.log_every": 1, "optim.lr": 1e-4, "optim.clip_norm": 1.0}
     config = replace(load_config("demo"), SMALL | STEADY | settings | {"data.train": str(world.train)})
+    config = replace(config, {"heldout": str(world.train), "evaluate_every": 2})
     (folder / "config.yaml").write_text(dump_yaml(to_dict(config)))
     assert main([str(folder / "config.yaml"), "--out", str(folder / "one")]) == 0
     return folder
@@ -43,7 +44,9 @@ def launch(folder: Path, out: str, *flags: str, launcher: list[str] = TORCHRUN) 
 
 
 def totals(run: Path) -> list[float]:
-    return [json.loads(line)["total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Of the four steps, and the held-out ones before the first step, after two and after four."""
+    found = read_records(run / "metrics.jsonl")
+    return [one[name] for name in ("total", "heldout_total") for one in found if name in one]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_two_processes_are_one_run(straight, strategy, flags):
     assert done.stdout.count("step 4/4  total ") == 1  # one process speaks
     run = straight / strategy
     assert {path.name for path in run.iterdir()} == {path.name for path in (straight / "one").iterdir()}
+    assert len(totals(run)) == 4 + 3
     assert totals(run) == pytest.approx(totals(straight / "one"), rel=2e-6)
     weights = from_pretrained(run / "model").state_dict()
     assert weights.keys() == from_pretrained(straight / "one" / "model").state_dict().keys()

@@ -104,3 +104,28 @@ def test_a_stop_goes_on_bit_for_bit(config, monkeypatch, tmp_path):  # noqa: F81
     assert load_latest(straight.out).state == stopped.state
     for group, tensors in load_latest(straight.out).tensors.items():
         assert [n for n, t in tensors.items() if not t.equal(stopped.tensors[group][n])] == []
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGUSR1])
+def test_a_slow_disk_stops_nothing_until_the_next_save_waits(config, monkeypatch, capsys, number):  # noqa: F811
+    """No fsync returns before somebody waits for the thread that calls it, like the save after step 4 or at the end."""
+    gate, fsync, join = threading.Event(), os.fsync, threading.Thread.join
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: (gate.wait(60), fsync(descriptor))[1])
+    monkeypatch.setattr(threading.Thread, "join", lambda *args, **kwargs: (gate.set(), join(*args, **kwargs))[1])
+    steps, committed = [], config.out + "/checkpoints/step-00000002/COMMIT"
+    original = Engine.step
+
+    def step(self, batch):
+        steps.append((self.finished, os.path.exists(committed)))
+        if number is not None and len(steps) == 3:
+            os.kill(os.getpid(), number)
+        return original(self, batch)
+
+    monkeypatch.setattr(Engine, "step", step)
+    assert pretrain(config) == CODES.get(number, 0)
+    assert steps[:3] == [(0, False), (1, False), (2, False)]
+    last = 6 if number is None else 3
+    assert ("step 4: training waited" in capsys.readouterr().out) == (last == 6)
+    assert steps[3:4] == [(3, False)] * (last == 6)
+    assert os.path.exists(committed)
+    assert (load_latest(config.out).step, load_latest(config.out).skipped) == (last, ())

@@ -33,6 +33,7 @@ def plot_losses(run_dir: str | Path) -> Path | None:
     Args:
         run_dir: run folder with metrics.jsonl, one JSON object with `step` per line; a last line cut short is ignored,
             a value of null leaves a gap, a term that is 0 throughout (no such modality) is left out.
+            Records of one step are taken as one.
 
     Returns:
         The picture's path, or None where no step has been recorded yet.
@@ -56,6 +57,9 @@ def plot_losses(run_dir: str | Path) -> Path | None:
         if any(value and math.isfinite(value) for value in values):
             width = 2.0 if name == "total" else 1.4
             losses.plot(steps, values, color=color, linewidth=width, label=label, **markers_at(steps))
+    heldout = [one for one in zip(steps, series_of(records, "heldout_total")) if math.isfinite(one[1])]
+    if heldout:
+        losses.plot(*zip(*heldout), "o--", color=COLORS[0], markersize=3.5, linewidth=1.0, label="held-out total")
     losses.set_ylabel("loss (nats)")
     losses.set_title(f"Training of {run_dir.name or run_dir.resolve().name}", loc="left")
     if losses.lines:
@@ -197,7 +201,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: line must be JSON, got {error.msg}.") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}:{number}: line must be an object with a step, got {line[:80]!r}.")
-        records.append(record)
+        same = records and records[-1]["step"] == record["step"]  # an evaluation's is beside that of the step
+        records.append(records.pop() | record if same else record)
     return records
 
 

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,22 +108,21 @@ def save(
     return final
 
 
-def share(tensors: Mapping[str, Mapping[str, Tensor]], rank: int, size: int) -> dict[str, dict[str, Tensor]]:
-    """The tensors that one of `size` ranks writes: all groups, each tensor on exactly one rank, bytes about equal.
+def share(items: Iterable[tuple[str, str, Tensor]], rank: int, size: int) -> dict[str, dict[str, Tensor]]:
+    """The tensors that one of `size` ranks writes: each on the one that has least so far, in the order they come in.
 
-    >>> share({"model": {"a": torch.ones(4), "b": torch.ones(1), "c": torch.ones(2)}}, 1, 2)
+    Of `items`, (group, name, tensor), in the same order on all ranks, those of others are let go at once.
+
+    >>> share([("model", "a", torch.ones(4)), ("model", "b", torch.ones(1)), ("model", "c", torch.ones(2))], 1, 2)
     {'model': {'b': tensor([1.]), 'c': tensor([1., 1.])}}
     """
-    places = [(group, name) for group, values in tensors.items() for name in values]
-    places.sort(key=lambda place: (-tensors[place[0]][place[1]].nbytes, place))
-    loads, owner = [0] * size, {}
-    for group, name in places:
-        owner[group, name] = loads.index(min(loads))
-        loads[owner[group, name]] += tensors[group][name].nbytes
-    return {
-        group: {name: value for name, value in values.items() if owner[group, name] == rank}
-        for group, values in tensors.items()
-    }
+    loads, own = [0] * size, {}
+    for group, name, value in items:
+        owner = loads.index(min(loads))
+        loads[owner] += value.nbytes
+        own.setdefault(group, {}).update({name: value} if owner == rank else {})
+        del value
+    return own
 
 
 def _write(

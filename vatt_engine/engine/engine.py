@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine import checkpoint
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.faults import TrainingStopped
 from vatt_engine.engine.logging import versions, write_text
 from vatt_engine.engine.optim import OptimConfig
@@ -25,98 +23,8 @@ from vatt_engine.engine.strategies import DDP, Single, Trained, trainable
 from vatt_engine.engine.strategies_zero import Zero
 from vatt_engine.engine.writer import CheckpointWriter
 
-STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3")
 PARTS_FILE = "accumulate"  # in the run folder, where memory has run out: the parts that go on
 ZERO_FROM = 300_000_000  # trainable parameters from which "auto" is ZeRO-2: vatt_lbs and vatt_ma_large are above
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How long, how often and on what a run trains.
-
-    Args:
-        steps: optimizer steps of the whole run.
-        accumulate: parts of a rank's share of the batch that go through the backbones one after the other, for memory;
-            heads, BatchNorm and loss see the whole batch, so the negatives of a contrastive loss stay the same.
-        strategy: "single", "ddp", "zero1", "zero2" or "zero3" (DeepSpeed); "auto" is single on one process and on
-            several ddp, or zero2 from 300 million trainable parameters.
-        offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
-        checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones; not with zero3.
-        precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32); "auto" is
-            the one that the device is faster at, see `preferred_precision`.
-        halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on
-            several ranks after a restart, which torchrun does), instead of stopping.
-        max_skipped: steps in a row that may be skipped for a loss or gradient that is not finite.
-        log_every: steps per record in metrics.jsonl and per progress line.
-        save_every: steps per checkpoint; the last step is always saved.
-        keep_checkpoints: how many newest checkpoints stay.
-        seed: of the weights, DropToken, dropout and the order of the data.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        spike_factor: a loss of this many times the median of the last 100 steps brings the run back to its newest
-            checkpoint, and the data since then is skipped; 0 never does.
-        tensorboard: write TensorBoard records too.
-        wandb: log to Weights & Biases too.
-    """
-
-    steps: int = 500_000
-    accumulate: int = 1
-    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
-    offload: bool = False
-    checkpoint_activations: bool = False
-    compile: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    halve_on_oom: bool = False
-    max_skipped: int = 20
-    log_every: int = 50
-    save_every: int = 10_000
-    keep_checkpoints: int = 3
-    seed: int = 0
-    device: str = "auto"
-    spike_factor: float = 0.0
-    tensorboard: bool = False
-    wandb: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "accumulate": 1, "max_skipped": 1, "log_every": 1, "save_every": 1, "keep_checkpoints": 2}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"EngineConfig: {name} must be at least {bound}, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"EngineConfig: seed must be in [0, 2^63), got {self.seed}.")
-        if not (self.spike_factor == 0 or 1 < self.spike_factor < math.inf):
-            raise ValueError(f"EngineConfig: spike_factor must be 0 or more than 1, got {self.spike_factor}.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"EngineConfig: precision must be 'auto', 'fp32' or 'bf16', got {self.precision!r}.")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"EngineConfig: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        if self.offload and self.strategy not in ("zero2", "zero3"):
-            raise ValueError(f"EngineConfig: offload must be false with strategy {self.strategy}, got True.")
-        if self.compile and self.strategy == "zero3":
-            hint = "Its parameters come and go between the layers."
-            raise ValueError(f"EngineConfig: compile must be false with strategy zero3, got True. {hint}")
-
-    def torch_device(self) -> torch.device:
-        """The device to train on; of several GPUs the one of this process's LOCAL_RANK, as launchers set it.
-
-        Raises:
-            ValueError: the name means nothing, or the GPU is not there.
-        """
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and "RANK" in os.environ:
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda") or str(device).startswith("cpu:"):
-            raise ValueError(f"engine: device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {self.device!r}.")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            here = f"{name!r} where there are {torch.cuda.device_count()}"
-            raise ValueError(f"engine: device must be a GPU of this machine, got {here}. Run `vatt doctor` to see why.")
-        return device
 
 
 class StepOutput(NamedTuple):
@@ -148,8 +56,8 @@ class Engine:
 
     Args:
         module: called as `module(batch, seed=int)`, or as the two it is made of: `features(batch, seed=)`, a dict of
-            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; training
-            then may change buffers of the heads only.
+            tensors in which no row depends on another, and `heads(**features)`. Accumulation needs these; calls
+            then may change buffers of the heads only, and never parameters.
         loss: called as `loss(outputs, batch)`; returns a NamedTuple of scalar tensors whose first field is `total`. Its
             parameters, if it is a module, are trained too.
         config: steps, accumulation, strategy, precision.
@@ -176,6 +84,7 @@ class Engine:
         run_dir: str | Path | None = None,
     ):
         self.config, self.schedule, self.run_dir, self.peak = config, schedule, run_dir, optim.lr
+        self.versions = versions("vatt_engine", "torch")
         self.writer = CheckpointWriter(keep=config.keep_checkpoints)
         self.parts = config.accumulate
         if config.halve_on_oom and run_dir is not None and (path := Path(run_dir) / PARTS_FILE).is_file():
@@ -223,6 +132,7 @@ class Engine:
             for buffer, value in before:
                 buffer.copy_(value)
             self.strategy.begin(lr)
+        self.writer.settle()
         norm, taken = self.strategy.update()
         if not taken:
             for buffer, value in before:
@@ -233,7 +143,7 @@ class Engine:
     def _backward(self, batch: Any) -> dict[str, Tensor]:
         """Gradients of the loss; returns its terms."""
         seed: int | Tensor = derive_seed(self.config.seed, self.finished)
-        if self.config.compile:
+        if self.config.compile != "off":
             seed = torch.tensor(seed, device=self.device)  # a number would be compiled in
         parts = min(self.parts, len(batch))
         if parts > 1:
@@ -245,17 +155,15 @@ class Engine:
         return {name: value.detach() for name, value in terms._asdict().items() if value is not None}
 
     def _backward_in_parts(self, batch: Any, parts: list[Any], seed: int | Tensor) -> Any:
-        computed: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for index, part in enumerate(parts):
-                self._set_random(index)
-                features = self.strategy.run("features", part, seed)
-                computed.append({name: x for name, x in features.items() if x is not None})
-        whole = {name: torch.cat([c[name] for c in computed]).requires_grad_() for name in computed[0]}
+        computed = self._pooled(parts, seed)
+        whole = _joined(computed)
+        for x in whole.values():
+            if x is not None:
+                x.requires_grad_()
         self._set_random(len(parts))
-        terms = self.strategy.run("terms", dict.fromkeys(features) | whole, batch)
+        terms = self.strategy.run("terms", dict(whole), batch)  # DeepSpeed puts other tensors into the dict it gets
         self.strategy.backward(_or_nan(terms.total), last=False)
-        used = {name: x.grad for name, x in whole.items() if x.grad is not None}
+        used = {name: x.grad for name, x in whole.items() if x is not None and x.grad is not None}
         gradients = {name: grad.split([len(c[name]) for c in computed]) for name, grad in used.items()}
         for index, part in enumerate(parts):
             self._set_random(index)
@@ -263,6 +171,38 @@ class Engine:
             products = [(features[name].float() * g[index].float()).sum() for name, g in gradients.items()]
             self.strategy.backward(torch.stack(products).sum(), last=index == len(parts) - 1)
         return terms
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """The loss's terms on this rank's share of a batch, in evaluation mode; training does not notice.
+
+        All ranks call it, with shares of equal size.
+
+        >>> engine.evaluate(batch)["total"]  # doctest: +SKIP
+        """
+        batch = batch.to(self.device)
+        parts = min(self.parts, len(batch))
+        self.trained.eval()
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                if parts > 1:
+                    computed = self._pooled(batch.split(parts), 0)
+                    terms = self.strategy.run("terms", _joined(computed), batch)
+                else:
+                    terms = self.strategy.run("whole", batch, 0)
+        finally:
+            self.trained.train()
+        return {name: value for name, value in terms._asdict().items() if value is not None}
+
+    @torch.no_grad()
+    def _pooled(self, parts: list[Any], seed: int | Tensor) -> list[dict[str, Tensor | None]]:
+        """The features of each part, without their graph; clones, as a CUDA graph writes each into the same memory."""
+        computed = []
+        for index, part in enumerate(parts):
+            self._set_random(index)
+            features = self.strategy.run("features", part, seed)
+            computed.append({name: None if x is None else x.clone() for name, x in features.items()})
+        return computed
 
     def _halve(self, num_rows: int, error: torch.OutOfMemoryError) -> None:
         """Twice as many parts from here on, or, where ranks are in the midst of a collective, from the restart on."""
@@ -304,10 +244,10 @@ class Engine:
         Raises:
             OSError: with `wait`, it could not be written; older checkpoints are intact.
         """
-        tensors = self.strategy.export_state()
+        tensors = self.strategy.export_state(rank(), world_size())
         counters = {name: getattr(self, name) for name in ("finished", "skipped", "skipped_in_a_row")}
-        state = {**counters, "random": random_state(), "versions": versions("vatt_engine", "torch"), "extra": extra}
-        self.writer.save(self._folder(), self.finished, tensors, state)
+        state = {**counters, "random": random_state(), "versions": self.versions, "extra": extra}
+        self.writer.save(self._folder(), self.finished, tensors, state, lasts=self.strategy.lasts)
         return self.writer.finish() if wait else None
 
     def resume(self) -> checkpoint.Checkpoint:
@@ -348,7 +288,8 @@ def _strategy_name(trained: Trained, config: EngineConfig, optim: OptimConfig) -
     if world_size() == 1:
         return "single"
     many = sum(p.numel() for p in trainable(trained).values()) >= ZERO_FROM
-    return "zero2" if config.strategy == "auto" and many and not optim.clip_prefix else "ddp"
+    able = not optim.clip_prefix and config.compile != "reduce-overhead"
+    return "zero2" if config.strategy == "auto" and many and able else "ddp"
 
 
 def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimConfig) -> Single:
@@ -365,6 +306,10 @@ def _checkpoint_activations(module: nn.Module) -> None:
         raise ValueError(f"Engine: module must {wanted}, got none. Set engine.checkpoint_activations to false.")
     for part in able:
         part.checkpoint_activations = True
+
+
+def _joined(parts: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    return {name: None if x is None else torch.cat([part[name] for part in parts]) for name, x in parts[0].items()}
 
 
 def _or_nan(total: Tensor) -> Tensor:

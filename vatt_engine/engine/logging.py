@@ -86,13 +86,22 @@ class RunLog:
         record["eta_seconds"] = (now - self.start) / max(step - self.first_step, 1) * (self.total_steps - step)
         record["seconds"] = now - self.start
         self.last, self.last_step = now, step
+        self._record(record)
+        self.progress(step, values, record)
+        return record
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Record what was found after `step` steps, and say so; the time that it took is no part of the throughput."""
+        self._record({"step": step, **values})
+        self.say(f"step {step}: " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        self.last = time.perf_counter()
+
+    def _record(self, record: Mapping[str, Any]) -> None:
         plain = {key: _finite(value) for key, value in record.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
         self.file.flush()
         for sink in self.sinks:
-            sink.write(step, {key: value for key, value in record.items() if key != "step"})
-        self.progress(step, values, record)
-        return record
+            sink.write(record["step"], {key: value for key, value in record.items() if key != "step"})
 
     def event(self, step: int, what: str, **details: Any) -> None:
         """Record something that happened, a line of JSON in events.jsonl, and say so."""
@@ -179,7 +188,7 @@ def _missing(package: str) -> str:
 
 
 class NoLog:
-    """Stands for `RunLog` on the ranks that have nothing to say, all but the first."""
+    """Stands for `RunLog` on the ranks that have nothing to say, all but the first: every call does nothing."""
 
     def __enter__(self) -> NoLog:
         return self
@@ -187,17 +196,8 @@ class NoLog:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    def write(self, step: int, values: Mapping[str, float], *, clips: int) -> None:
-        pass
-
-    def event(self, step: int, what: str, **details: Any) -> None:
-        pass
-
-    def go_back(self, step: int) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

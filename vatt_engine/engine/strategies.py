@@ -7,7 +7,7 @@ the whole state by name, whatever it looks like inside: a checkpoint of any stra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from vatt_engine.collectives import world_size
+from vatt_engine.engine.checkpoint import share
 from vatt_engine.engine.optim import OptimConfig, build_optimizer, clip_by_global_norm
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in torch's DDP
@@ -29,23 +30,27 @@ class Trained(nn.Module):
             depends on another, and `heads(**features)` it can be trained part by part.
         loss: called as `loss(outputs, batch)`; a module's parameters are trained too.
         autocast: run the module, and not the loss, in bfloat16 where that is safe.
-        compiled: compile the features (the heads talk to other ranks).
+        compiled: mode to compile the features in (the heads talk to other ranks), or "off". Under "reduce-overhead" a
+            call writes features, and its backward pass gradients, into the same memory as the call before.
     """
 
-    def __init__(self, module: nn.Module, loss: Callable[..., Any], *, autocast: bool, compiled: bool):
+    def __init__(self, module: nn.Module, loss: Callable[..., Any], *, autocast: bool, compiled: str):
         super().__init__()
         self.model, self.loss = module, loss
         self.autocast = autocast
         self.splits = hasattr(module, "features") and hasattr(module, "heads")
         self.compute = module.features if self.splits else module.__call__
-        if compiled:
-            self.compute = torch.compile(self.compute)
+        self.replays = compiled == "reduce-overhead"
+        if compiled != "off":
+            self.compute = torch.compile(self.compute, mode=compiled)
 
     def forward(self, part: str, *args: Any) -> Any:
         """`part` is "features", "terms" (of features) or "whole": every call comes through here, for ZeRO's hooks."""
         return getattr(self, part)(*args)
 
     def features(self, batch: Any, seed: int | Tensor) -> Any:
+        if self.replays:  # nothing of the call before is in use any more
+            torch.compiler.cudagraph_mark_step_begin()
         with self._precision():
             return self.compute(batch, seed=seed)
 
@@ -89,11 +94,15 @@ class Single:
     def __init__(self, trained: Trained, optim: OptimConfig, *, on_cpu: bool | None = None):
         self.trained, self.clip_norm = trained, optim.clip_norm
         self.parameters = trainable(trained)
+        self.weights = {name for name, _ in trained.model.named_parameters()}
         self.clipped = {name for name in self.parameters if name.startswith(optim.clip_prefix)}
         if not self.clipped:
             names = f"{next(iter(self.parameters))} and others"
             raise ValueError(f"optim: clip_prefix must begin the name of {names}, got {optim.clip_prefix!r}.")
         self.optimizer = build_optimizer(self.parameters.items(), optim, on_cpu=on_cpu)
+        if trained.replays:  # autograd takes the graph's memory for `grad`, see pytorch issue 169545
+            for parameter in self.parameters.values():
+                parameter.register_post_accumulate_grad_hook(_own_gradient)
 
     def begin(self, lr: float) -> None:
         """A step with this learning rate begins: no gradients yet."""
@@ -124,22 +133,28 @@ class Single:
 
     # ------------------------------------------------------------------------------------ the state, by name
 
-    def export_state(self) -> State:
-        """The whole state in groups, tensors of full size: "model", "loss" if it has any, and "optimizer".
+    def lasts(self, group: str, name: str) -> bool:
+        """Whether a tensor of the state is the same until `update`: buffers are not, nor what belongs to a loss."""
+        return group == "optimizer" or (group == "model" and name in self.weights)
 
-        All ranks must call it, and all get all of it. It may be the live tensors, which the next step changes; where
-        ranks hold parts it is copies on the CPU, gathered one after the other.
+    def export_state(self, rank: int = 0, size: int = 1) -> State:
+        """The state in groups, tensors of full size: "model", "loss" if it has any, and "optimizer".
+
+        All ranks must call it. It may be the live tensors, which the next step changes; where ranks hold parts it is
+        copies on the CPU, gathered one after the other.
+
+        Args:
+            rank, size: whose `share` of the state to keep, by default all of it.
         """
-        state: State = {}
+        return {"optimizer": {}} | share(self._items(), rank, size)  # there are no moments before the first step
+
+    def _items(self) -> Iterator[tuple[str, str, Tensor]]:
         for full, tensor in self.trained.state_dict(keep_vars=True).items():
             group, _, name = full.partition(".")
-            state.setdefault(group, {})[name] = self._read(tensor)
-        state["optimizer"] = {
-            f"{full}/{key}": value
-            for full, parameter in self.parameters.items()
-            for key, value in self._read_moments(parameter).items()
-        }
-        return state
+            yield group, name, self._read(tensor)
+        for full, parameter in self.parameters.items():
+            for key, value in self._read_moments(parameter).items():
+                yield "optimizer", f"{full}/{key}", value
 
     def import_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Undo of `export_state`, from the whole state on every rank.
@@ -189,6 +204,10 @@ class Single:
             parameter = self.parameters[name]
             device = {key: "cpu" if value.ndim == 0 else parameter.device for key, value in values.items()}
             self.optimizer.state[parameter] = {k: v.to(device[k], copy=True) for k, v in values.items()}
+
+
+def _own_gradient(parameter: Tensor) -> None:
+    parameter.grad = parameter.grad.clone()
 
 
 class DDP(Single):

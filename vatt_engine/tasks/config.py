@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig
@@ -53,10 +54,14 @@ class PretrainConfig:
     Args:
         out: run folder; receives config.yaml, env.json, metrics.jsonl, tokenizer.json, checkpoints/, quarantine.jsonl,
             plots/, and at the end model/, which `from_pretrained` loads.
+        heldout: set whose loss is recorded, like `data.train`; "" is none.
+        evaluate_every: steps per evaluation on it; before the first and after the last step it is always evaluated.
     """
 
     verb: ClassVar[str] = "pretrain"
     out: str = "runs/pretrain"
+    heldout: str = ""
+    evaluate_every: int = 1_000
     model: VATTConfig = field(default_factory=VATTConfig)
     text: WordsConfig = field(default_factory=WordsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -68,6 +73,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("PretrainConfig: out must be the name of a folder, got ''.")
+        if self.evaluate_every < 1:
+            raise ValueError(f"PretrainConfig: evaluate_every must be at least 1, got {self.evaluate_every}.")
 
     def check_shapes(self) -> None:
         """Refuse clips of another size than the model's.
@@ -102,36 +109,6 @@ def _official(name: str) -> PretrainConfig:
     )
 
 
-def vatt_bbs() -> PretrainConfig:
-    """Base video, Base audio, Small text."""
-    return _official("vatt_bbs")
-
-
-def vatt_mbs() -> PretrainConfig:
-    """Medium video, Base audio, Small text."""
-    return _official("vatt_mbs")
-
-
-def vatt_lbs() -> PretrainConfig:
-    """Large video, Base audio, Small text."""
-    return _official("vatt_lbs")
-
-
-def vatt_ma_base() -> PretrainConfig:
-    """Modality-agnostic Base: one transformer for the three modalities."""
-    return _official("vatt_ma_base")
-
-
-def vatt_ma_medium() -> PretrainConfig:
-    """Modality-agnostic Medium."""
-    return _official("vatt_ma_medium")
-
-
-def vatt_ma_large() -> PretrainConfig:
-    """Modality-agnostic Large."""
-    return _official("vatt_ma_large")
-
-
 def demo() -> PretrainConfig:
     """The demo world on a CPU: vatt_tiny on 0.8 s of picture and sound, minutes on two cores."""
     steps = 600
@@ -155,9 +132,10 @@ def demo() -> PretrainConfig:
     )
 
 
+OFFICIAL = ("vatt_bbs", "vatt_mbs", "vatt_lbs", "vatt_ma_base", "vatt_ma_medium", "vatt_ma_large")
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (demo, vatt_bbs, vatt_mbs, vatt_lbs, vatt_ma_base, vatt_ma_medium, vatt_ma_large)
+    "demo": demo,
+    **{name: functools.partial(_official, name) for name in OFFICIAL},
 }
 
 

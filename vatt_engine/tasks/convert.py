@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     destination = Path(config.destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         raise ConfigError(f"vatt convert: DESTINATION must be a new folder, got {destination}, which is there.")
-    found = _read(Path(config.source))
+    found = _read(Path(config.source), config.to)
     if config.to == "model":
         _write_model(found, config, destination)
     elif config.to == "run":
@@ -56,14 +56,15 @@ def main(argv: Sequence[str]) -> int:
             words.save(destination / "tokenizer.json")
     else:
         if not any(name.endswith("/exp_avg") for name in found.moments):
-            raise ConfigError(f"vatt convert: {config.source} must hold Adam's moments for DeepSpeed, got none.")
+            got = "those of SGD" if found.moments else "none"
+            raise ConfigError(f"vatt convert: {config.source} must hold Adam's moments for DeepSpeed, got {got}.")
         model = _model(config)
         write_universal(destination, found, buffers={name for name, _ in model.named_buffers()})
     print(f"{config.source}, step {found.step} -> {destination} ({len(found.weights)} tensors)", file=sys.stderr)
     return 0
 
 
-def _read(source: Path) -> Universal:
+def _read(source: Path, to: str) -> Universal:
     if is_universal(source):
         return read_universal(source)
     if (source / "model.safetensors").is_file():
@@ -73,6 +74,9 @@ def _read(source: Path) -> Universal:
         print(reason, file=sys.stderr)
     if "loss" in found.tensors:
         names = ", ".join(found.tensors["loss"])
+        if to != "model":
+            expected = f"have no parameters of the loss, which have no place in a {to} one"
+            raise ConfigError(f"vatt convert: {source} must {expected}, got {names}. `--to model` leaves them out.")
         print(f"note: {names} of the loss has no place in a model and is left out", file=sys.stderr)
     optimizer = found.tensors["optimizer"].items()
     moments = {name.removeprefix("model."): value for name, value in optimizer if name.startswith("model.")}

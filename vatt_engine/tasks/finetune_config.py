@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import ClassLossConfig
@@ -116,30 +117,10 @@ def _downstream(
 
 
 def _action(name: str, num_classes: int, *, steps: int = 100_000) -> FinetuneConfig:
-    """32 frames of every second one at 25 fps, 320 x 320."""
+    """Action recognition: 32 frames of every second one at 25 fps, 320 x 320."""
     data = DataConfig(batch_size=64, num_frames=32, fps=12.5, frame_size=320, num_samples=0, num_candidates=0)
     loss = ClassLossConfig(label_smoothing=0.1)
     return _downstream(name, "vit_base", data, steps=steps, warmup=2_500, lr=0.005, num_classes=num_classes, loss=loss)
-
-
-def kinetics400() -> FinetuneConfig:
-    """Action recognition on Kinetics-400."""
-    return _action("kinetics400", 400)
-
-
-def kinetics600() -> FinetuneConfig:
-    """Action recognition on Kinetics-600."""
-    return _action("kinetics600", 600)
-
-
-def kinetics700() -> FinetuneConfig:
-    """Action recognition on Kinetics-700."""
-    return _action("kinetics700", 700)
-
-
-def moments() -> FinetuneConfig:
-    """Action recognition on Moments in Time, whose released checkpoints are of step 150,000."""
-    return _action("moments", 339, steps=150_000)
 
 
 def audioset() -> FinetuneConfig:
@@ -177,6 +158,11 @@ def demo() -> FinetuneConfig:
     )
 
 
+ACTIONS = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700}
 FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
-    recipe.__name__: recipe for recipe in (demo, kinetics400, kinetics600, kinetics700, moments, audioset, imagenet)
+    "demo": demo,
+    **{name: functools.partial(_action, name, num_classes) for name, num_classes in ACTIONS.items()},
+    "moments": functools.partial(_action, "moments", 339, steps=150_000),  # the step of the released checkpoints
+    "audioset": audioset,
+    "imagenet": imagenet,
 }

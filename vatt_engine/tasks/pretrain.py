@@ -15,16 +15,16 @@ import torch
 from vatt_engine.analysis.flops import step_flops
 from vatt_engine.analysis.report import plot_run
 from vatt_engine.batch import Batch, Embeddings
-from vatt_engine.collectives import all_reduce_sum, rank, world_size
+from vatt_engine.collectives import rank, world_size
 from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import Loader, QuarantineError, join_sources
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.checkpoint import has_checkpoint
-from vatt_engine.engine.engine import Engine, StepOutput
+from vatt_engine.engine.engine import Engine
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
 from vatt_engine.engine.logging import NoLog, RunLog, environment, write_text
-from vatt_engine.engine.monitors import memory, peak_flops, spread
+from vatt_engine.engine.monitors import peak_flops, spread
 from vatt_engine.engine.peers import Peers
 from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
@@ -32,6 +32,7 @@ from vatt_engine.models import build_model, save_pretrained
 from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, load_config
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.records import HeldOut, Window, awaited
 from vatt_engine.tasks.words import load_vectors, load_vocabulary
 
 USAGE = """usage: vatt {verb} CONFIG [--resume [RUN]] [--section.field value ...]
@@ -54,6 +55,7 @@ class PretrainLoss(VATTLoss):
         self.seen = {name: (value, masks.get(name)) for name, value in present.items()}
         return super().forward(embeddings, audio_mask=batch.audio_mask, text_mask=batch.text_mask)
 
+    @torch.no_grad()
     def monitors(self) -> dict[str, float]:
         """Spread of each embedding that was there, and the temperature."""
         found = {}
@@ -166,8 +168,11 @@ def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     notes = [f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}"]
     if config.text.vectors is not None:
         notes.append(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
-    stopped = train(config, engine, loader, stop, resume=resume, notes=notes)
-    weights = engine.strategy.export_state()["model"]  # of all ranks
+    heldout = None
+    if config.heldout:
+        heldout = HeldOut(config, vocabulary, device=device, quarantine=faults.with_name(f"heldout.{faults.name}"))
+    stopped = train(config, engine, loader, stop, resume=resume, notes=notes, heldout=heldout)
+    weights = engine.strategy.export_state(rank(), 1)["model"]  # on rank 0, gathered by all
     if rank() == 0:
         if not stopped:
             whole = build_model(config.model)
@@ -186,6 +191,7 @@ def train(
     resume: bool,
     notes: Sequence[str],
     prepare: Callable[[Batch, int], Batch] | None = None,
+    heldout: HeldOut | None = None,
 ) -> bool:
     """The steps of a run in its folder, which `open_run` has opened; whether it stopped before the last of them.
 
@@ -193,6 +199,7 @@ def train(
         resume: from the newest checkpoint.
         notes: lines to begin with.
         prepare: changes a batch for the step after so many finished ones.
+        heldout: evaluates beside training.
     """
     run_dir, device, steps = Path(config.out), engine.device, config.engine.steps
     if resume:
@@ -212,8 +219,8 @@ def train(
             log.say(f"nothing to train: step {engine.finished} of {steps} is done; raise --engine.steps to go on")
         if config.schedule.total_steps != steps:
             log.say(f"note: schedule.total_steps is {config.schedule.total_steps}, engine.steps {steps}")
-        _loop(config, engine, loader, log, stop, prepare)
-        stopped = engine.finished < steps
+        _loop(config, engine, loader, log, stop, prepare, heldout)
+        stopped = engine.finished < steps or (heldout is not None and heldout.due(engine.finished))
         if stopped:
             log.say(f"stopped after step {engine.finished}; continue with: vatt {config.verb} --resume {run_dir}")
     return stopped
@@ -236,19 +243,18 @@ def _loop(
     log: RunLog | NoLog,
     stop: StopSignals,
     prepare: Callable[[Batch, int], Batch] | None,
+    heldout: HeldOut | None,
 ) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
     every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)
     window, fault = Window(), None
+    if heldout is not None:
+        heldout.record(engine, log, stop)
     while engine.finished < every.steps:
         start = time.perf_counter()
         place = loader.state_dict()
         try:
-            with stop.interruptible():
-                batch = next(batches)
-        except StopRequested:
-            if not stop.begun:
-                raise
+            batch = awaited(batches, stop)
         except QuarantineError as error:  # too many bad files: what was learned so far is kept
             fault = error
         if ending := largest_of_ranks(stop.received or BAD_DATA * (fault is not None), engine.device):
@@ -259,14 +265,17 @@ def _loop(
         out = engine.step(batch if prepare is None else prepare(batch, engine.finished))
         stop.begin()
         window.add(out, loader.batch_size)
-        if engine.finished % every.log_every == 0 or engine.finished == every.steps:
+        evaluates = heldout is not None and heldout.due(engine.finished)
+        if evaluates or engine.finished % every.log_every == 0 or engine.finished == every.steps:
             window.write(engine, loader, log)
             window = Window()
         if guard.factor and largest_of_ranks(int(guard.jumps(float(out.terms["total"]))), engine.device):
             _go_back(engine, guard, log)
-            window = Window()
+            window, evaluates = Window(), False
         elif engine.finished % every.save_every == 0 and engine.finished < every.steps:
             engine.save(wait=False, loader=loader.state_dict(), config_sha256=config_hash(config))
+        if evaluates:
+            heldout.record(engine, log, stop)
         for line in engine.writer.news():
             log.say(line)
     stop.begin()
@@ -277,24 +286,6 @@ def _loop(
         raise fault
     if stop.received == BAD_DATA:
         raise TrainingStopped("another rank found too many bad files; what was trained is saved")
-
-
-class Window:
-    """What happened since the last record."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepOutput] = []
-        self.clips, self.waited = 0, 0.0
-
-    def add(self, out: StepOutput, clips: int) -> None:
-        self.steps.append(out)
-        self.clips += clips
-
-    def write(self, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
-        values = _summary(self.steps) | engine.loss.monitors() | memory(engine.device)
-        values |= {"data_seconds": self.waited, "skipped": engine.skipped}
-        values |= {"quarantined": len(loader.quarantine), "noted": loader.quarantine.num_noted}
-        log.write(engine.finished, values, clips=self.clips)
 
 
 def _save_end(config: RunConfig, engine: Engine, loader: Loader, log: RunLog | NoLog) -> None:
@@ -386,14 +377,3 @@ def config_hash(config: RunConfig) -> str:
     """SHA-256 of the config without its run folder and its length, which a resumed run may change."""
     values: dict[str, Any] = to_dict(replace(config, {"out": "any", "engine.steps": 1}))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _summary(window: Sequence[StepOutput]) -> dict[str, float]:
-    """Means over the ranks and over the steps since the last record; skipped steps have no part in them."""
-    taken = [out for out in window if not out.skipped] or window[-1:]
-    norms = {"grad_norm": torch.stack([out.grad_norm for out in taken]).mean()}
-    means = {name: torch.stack([out.terms[name] for out in taken]).mean() for name in taken[0].terms}
-    values = (
-        all_reduce_sum(torch.stack([value.to(means["total"]) for value in (means | norms).values()])) / world_size()
-    )
-    return dict(zip(means | norms, values.tolist())) | {"lr": window[-1].lr}

@@ -18,7 +18,7 @@ from vatt_engine.data.config import DataConfig
 from vatt_engine.data.dali import build_loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
-from vatt_engine.engine.engine import EngineConfig
+from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.logging import write_text
 from vatt_engine.engine.optim import OptimConfig, build_optimizer
 from vatt_engine.models import build_model, init, load_tower

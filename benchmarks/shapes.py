@@ -217,6 +217,7 @@ SHAPES: dict[str, dict[str, dict[str, object]]] = {
     "attention_dropout": {
         "cpu": {"demo": Attention(batch=64, tokens=37, heads=4, head_dim=32), "video": Attention(batch=4, tokens=785)},
         "cuda": {"785-64": Attention(batch=64, tokens=785)},
+        "sanitizer": {"ragged": Attention(batch=1, tokens=37, heads=2)},
     },
     "attention_text": {
         "cpu": {"text": Attention(batch=40, tokens=17, heads=8)},

@@ -110,7 +110,8 @@ def test_ours_must_stay_inside_the_error_budget(quick, monkeypatch):
     monkeypatch.setattr(
         harness, "SHAPES", {"attention": {"cpu": {"small": SHAPES["attention"]["sanitizer"]["ragged"]}}}
     )
-    sdpa, reference, *_ = dispatch._IMPLS["attention"]["attention"]
+    known = {impl.name: impl for impl in dispatch._IMPLS["attention"]["attention"]}
+    sdpa, reference = known["sdpa"], known["reference"]
     worse = dispatch.Impl("worse", "cpu", lambda *given: reference.target(*given) * 1.0001)
     refusing = dispatch.Impl("refusing", "cpu", reference.target, refuses=lambda *given: "takes nothing")
     monkeypatch.setitem(dispatch._IMPLS["attention"], "attention", [sdpa, worse, refusing, reference])
@@ -276,7 +277,7 @@ def test_the_counts_are_those_of_the_algorithm():
 def test_the_sanitizer_reaches_every_implementation():
     lines = [line for bench in sanitize.benches() for line in sanitize.run_once(bench, "cpu")]
     ran = {tuple(line.split()[:2]) for line in lines if line.endswith(": ran")}
-    assert {("tokenize", "cpp"), ("nce", "chunked"), ("attention", "sdpa")} <= ran
+    assert {("tokenize", "cpp"), ("nce", "chunked"), ("attention", "sdpa"), ("attention_dropout", "cpp")} <= ran
     for bench in sanitize.benches():
         assert SHAPES[bench.name]["sanitizer"], f"{bench.name}: shapes for the sanitizer"
 

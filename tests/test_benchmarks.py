@@ -129,7 +129,8 @@ def test_a_wrong_reference_stops_all(quick, monkeypatch):
     monkeypatch.setattr(
         harness, "SHAPES", {"attention": {"cpu": {"small": SHAPES["attention"]["sanitizer"]["ragged"]}}}
     )
-    sdpa, reference, *_ = dispatch._IMPLS["attention"]["attention"]
+    known = {impl.name: impl for impl in dispatch._IMPLS["attention"]["attention"]}
+    sdpa, reference = known["sdpa"], known["reference"]
     wrong = dispatch.Impl("reference", "any", lambda *given: reference.target(*given) * 1.01)
     monkeypatch.setitem(dispatch._IMPLS["attention"], "attention", [sdpa, wrong])
     with pytest.raises(AssertionError, match="y: relative error"):

@@ -19,6 +19,7 @@ from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks import ablate as task
 from vatt_engine.tasks.ablate import AblateConfig, ablate
 from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.finetune import finetune
 from vatt_engine.tasks.pretrain import pretrain
 
 
@@ -36,11 +37,12 @@ def here(monkeypatch):
     """Train in this process, and note what was trained."""
     trained = []
 
-    def train(run, folder):
+    def start(run, folder):
         trained.append((folder.name, run.engine.steps))
-        assert pretrain(run, resume=(folder / "config.yaml").exists()) == 0
+        job = {"pretrain": pretrain, "finetune": finetune}[run.verb]
+        assert job(run, resume=(folder / "config.yaml").exists()) == 0
 
-    monkeypatch.setattr(task, "_train", train)
+    monkeypatch.setattr(task, "_start", start)
     return trained
 
 
@@ -55,11 +57,11 @@ def options(folder: Path, out: str, **changes) -> AblateConfig:
 def test_cells_table_and_what_is_missing(folder, here):
     config = options(folder, "equal", equal_time=False)
     rows = ablate(config)["rows"]
-    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4)]
+    assert here == [("drop-0.5-steps-48px-seed0", 4), ("drop-0-steps-48px-seed0", 4)]
     values = [row["values"] for row in rows]
     assert [(row["drop %"], row["budget"], row["steps"]) for row in values] == [(50, "steps", 4), (0, "steps", 4)]
     for row, keep in zip(values, (0.5, 1.0)):
-        run = load_config(str(folder / "equal" / f"drop-{row['drop %'] / 100:g}-steps" / "config.yaml"))
+        run = load_config(str(folder / "equal" / f"drop-{row['drop %'] / 100:g}-steps-48px-seed0" / "config.yaml"))
         assert run.model.video.drop_token.keep_rate == run.model.audio.drop_token.keep_rate == keep
         assert (run.schedule.total_steps, run.schedule.warmup_steps) == (4, 1)
         assert row["paper GFLOPs"] == paper_flops(run.model, candidates=5) / 1e9
@@ -79,31 +81,35 @@ def test_cells_table_and_what_is_missing(folder, here):
 
     assert ablate(config)["rows"] == rows  # nothing is trained or probed again
     assert len(here) == 2
-    (folder / "equal" / "drop-0-steps" / "cell.json").unlink()
+    (folder / "equal" / "drop-0-steps-48px-seed0" / "cell.json").unlink()
     assert ablate(config)["rows"][1]["values"]["HMDB51"] == values[1]["HMDB51"]
     assert len(here) == 2
     other = (folder / "small.yaml").read_text().replace("lr: 0.001", "lr: 0.002")
     (folder / "other.yaml").write_text(other)
-    with pytest.raises(ConfigError, match=r"drop-0\.5-steps: the cell must be of the same settings, got another's"):
+    with pytest.raises(
+        ConfigError, match=r"drop-0\.5-steps-48px-seed0: the cell must be of the same settings, got another's"
+    ):
         ablate(dataclasses.replace(config, config=str(folder / "other.yaml")))
 
 
 def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
-    measured = task._measured
+    costs = task._costs
 
-    def timed(run, rate, budget):
-        found = measured(run, rate, budget)
-        found["values"]["clips/s"] = 30.0 if rate else 20.0
-        return found
+    def timed(run, cell):
+        return costs(run, cell) | {"clips/s": 30.0 if cell.drop_rate else 20.0}
 
-    monkeypatch.setattr(task, "_measured", timed)
+    monkeypatch.setattr(task, "_costs", timed)
     values = [row["values"] for row in ablate(options(folder, "time", probes=(), retrievals=()))["rows"]]
-    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4), ("drop-0.5-time", 6)]
+    assert here == [
+        ("drop-0.5-steps-48px-seed0", 4),
+        ("drop-0-steps-48px-seed0", 4),
+        ("drop-0.5-time-48px-seed0", 6),
+    ]
     assert [(row["drop %"], row["budget"], row["steps"]) for row in values[2:]] == [(50, "time", 6), (0, "time", 4)]
 
 
 def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):
-    part = replace(load_config(str(folder / "small.yaml")), {"out": str(folder / "real" / "drop-0.5-steps")})
+    part = replace(load_config(str(folder / "small.yaml")), {"out": str(folder / "real" / "drop-0.5-steps-48px-seed0")})
     changes = {f"model.{m}.drop_token.keep_rate": 0.5 for m in ("video", "audio")}
     changes |= {"engine.steps": 2, "schedule.total_steps": 4, "schedule.warmup_steps": 1}
     pretrain(replace(part, changes))

@@ -1,6 +1,7 @@
 """data.demo: files hold what the rules say, train and held-out share nothing, one seed gives one world."""
 
 import json
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -225,6 +226,20 @@ def test_another_seed_is_another_world(world, tmp_path):
     assert rows_of(tmp_path, "train")[0]["captions"] != rows_of(world, "train")[0]["captions"]
 
 
+def test_a_world_of_few_colours_and_scenes(tmp_path):
+    clips = plan_world(200, 64, 0, num_colours=2, num_scenes=1)
+    trained, held_out = (
+        {clip.combination for clip in clips if clip.path.startswith(split)} for split in ("train/", "heldout/")
+    )
+    assert (len(trained), len(held_out)) == (64, 64)
+    everything = product(SHAPES, list(COLOURS)[:2], MOTIONS, list(SCENES)[:1])
+    assert trained | held_out == {Combination(*factors) for factors in everything}
+    make_world(tmp_path, num_train=3, num_heldout=1, num_colours=1, num_scenes=1)
+    assert {(c.colour, c.scene) for c in factors_of(tmp_path).values()} == {("red", "night")}
+    with pytest.raises(ValueError, match=r"directory must hold \{.*\}, got \{.*'num_colours': 1, 'num_scenes': 1\}"):
+        make_world(tmp_path, num_train=3, num_heldout=1)
+
+
 def test_rejects_bad_arguments(world, tmp_path):
     with pytest.raises(ValueError, match=r"make_world: directory must hold \{.*'seed': 0.*got \{.*'seed': 3"):
         make_world(world, num_train=48, num_heldout=32, seed=0)
@@ -236,6 +251,10 @@ def test_rejects_bad_arguments(world, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.mp4"]
     with pytest.raises(ValueError, match=r"make_world: num_train must be in 1\.\.1000000, got 0"):
         make_world(tmp_path / "new", num_train=0)
-    with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{MAX_HELDOUT}, got 512"):
-        make_world(tmp_path / "new", num_heldout=512)
+    for num_colours, most in ((8, 384), (2, 96)):
+        assert most == MAX_HELDOUT * num_colours
+        with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{most}, got {most + 1}"):
+            make_world(tmp_path / "new", num_heldout=most + 1, num_colours=num_colours)
+    with pytest.raises(ValueError, match=r"make_world: num_scenes must be in 1\.\.4, got 5"):
+        make_world(tmp_path / "new", num_scenes=5)
     assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tasks.test_pretrain import SMALL
 
+from vatt_engine.analysis.ablation import shown
 from vatt_engine.analysis.flops import paper_flops
 from vatt_engine.cli import main
 from vatt_engine.data.demo import make_world
@@ -92,6 +93,57 @@ def test_cells_table_and_what_is_missing(folder, here):
         ablate(dataclasses.replace(config, config=str(folder / "other.yaml")))
 
 
+def test_seeds_frame_sizes_and_baselines(folder, here):
+    world, out = folder / "world", folder / "seeds"
+    sets = {"probes": tuple(f"{name}={world}/train.jsonl,{world}/heldout.jsonl" for name in ("MOTION", "BEAT/audio"))}
+    sets |= {"resolutions": (32,), "drop_rates": (0.5,), "seeds": 2, "scratch_lrs": (1e-3, 1e-4), "equal_time": False}
+    config = options(folder, "seeds", steps=2, **sets)
+    rows = ablate(config)["rows"]
+    classifiers = [f"{name}-lr{lr}" for name in ("MOTION", "BEAT") for lr in ("0.001", "0.0001")]
+    assert here == [(name, 2) for seed in "01" for name in (f"drop-0.5-steps-32px-seed{seed}", *classifiers)]
+
+    def found(path: str, *keys) -> list[float]:
+        values = []
+        for seed in range(2):
+            value = json.loads((out / path.format(seed)).read_text())
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return values
+
+    probed, random, scratch = rows
+    cell = "drop-0.5-steps-32px-seed{}"
+    for column, modality in (("MOTION", "video"), ("BEAT", "audio")):
+        files = {"pre-trained": (f"{cell}/probe-{modality}.json", "rows", 0, "top-1")}
+        files |= {"random": (f"{cell}/probe-{modality}-untrained.json", "rows", 0, "top-1")}
+        by_rate = [
+            found(f"scratch-32px-seed{{}}/{column}-lr{lr}/evaluation.json", "metrics", "top-1")
+            for lr in ("0.001", "0.0001")
+        ]
+        expected = (found(*files["pre-trained"]), found(*files["random"]), [max(pair) for pair in zip(*by_rate)])
+        for row, values in zip(rows, expected):
+            assert [one[column] for one in row["seeds"]] == values
+            assert row["values"][column] == pytest.approx(sum(values) / 2)
+            assert row["spread"][column] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert probed["values"]["demo"] == sum(found(f"{cell}/retrieval.json", "tasks", "text -> video", "R@10")) / 2
+    assert random["values"]["demo"] == 100.0  # ten of six
+    assert scratch["values"]["demo"] is None
+    assert scratch["reasons"]["demo"] == "class labels train no captions"
+    seeds = [load_config(str(out / cell.format(seed) / "config.yaml")) for seed in range(2)]
+    assert [run.engine.seed for run in seeds] == [seeds[0].engine.seed, seeds[0].engine.seed + 1]
+    assert seeds[0].model.video.frame_size == (32, 32)
+    with (out / "ablation.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["MOTION sd"]) for row in read] == [row["spread"]["MOTION"] for row in rows]
+    value, spread = probed["values"]["MOTION"], probed["spread"]["MOTION"]
+    assert shown(rows)[0]["MOTION"] == f"{value:.1f} ± {spread:.1f}"
+
+    for name in ("cell.json", "BEAT-lr0.001/evaluation.json"):  # stopped before the evaluation
+        (out / "scratch-32px-seed1" / name).unlink()
+    assert ablate(config)["rows"] == rows
+    assert here[10:] == [("BEAT-lr0.001", 2)]
+
+
 def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
     costs = task._costs
 
@@ -130,6 +182,10 @@ def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):
         (["--probes", "HMDB51=a"], "probes must be written NAME=TRAIN"),
         (["--retrievals", "x"], "retrievals must be written NAME=MANIFEST, got 'x'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--resolutions", "48", "48"], "resolutions must be different numbers above 0, got (48, 48)"),
+        (["--scratch-lrs", "0.0"], "scratch_lrs must be different numbers above 0, got (0.0,)"),
+        (["--probes", "A/text=a,b"], "probes must be written NAME=TRAIN"),
     ],
 )
 def test_refuses(capsys, flags, message):

@@ -18,7 +18,7 @@ from .demo_words import write_captions
 from .encode import write_media
 
 MAX_TRAIN = 1_000_000
-MAX_HELDOUT = 384  # of the 512 triples of shape, colour and motion; the others are left to train on
+MAX_HELDOUT = 48  # per colour, of the 64 triples of shape, colour and motion; the others are left to train on
 _ENCODERS = {  # options of the video and of the audio encoder: the fastest that keep textures and tones
     ".mp4": (
         {"preset": "ultrafast", "crf": "23", "threads": "1"},
@@ -52,6 +52,8 @@ def make_world(
     *,
     num_train: int = 2048,
     num_heldout: int = 256,
+    num_colours: int = len(COLOURS),
+    num_scenes: int = len(SCENES),
     seed: int = 0,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -67,7 +69,9 @@ def make_world(
     Args:
         directory: an empty or new folder, or a world of the same arguments, which is then completed.
         num_train: training clips, at most 1,000,000; from about 500 on, they show every value of every factor.
-        num_heldout: held-out clips, at most 384.
+        num_heldout: held-out clips, at most 48 for each colour.
+        num_colours, num_scenes: how many of both there are. They are learned first; where there are few of them,
+            training comes to motions sooner.
         seed: the same seed makes the same clips and captions.
         num_threads: clips made at once; None: one per core.
         progress: called with (clips done, clips in all).
@@ -80,11 +84,17 @@ def make_world(
     """
     if not 1 <= num_train <= MAX_TRAIN:
         raise ValueError(f"make_world: num_train must be in 1..{MAX_TRAIN}, got {num_train}.")
-    if not 1 <= num_heldout <= MAX_HELDOUT:
-        raise ValueError(f"make_world: num_heldout must be in 1..{MAX_HELDOUT}, got {num_heldout}.")
+    few = {"num_colours": (num_colours, len(COLOURS)), "num_scenes": (num_scenes, len(SCENES))}
+    for name, (value, most) in few.items():
+        if not 1 <= value <= most:
+            raise ValueError(f"make_world: {name} must be in 1..{most}, got {value}.")
+    if not 1 <= num_heldout <= MAX_HELDOUT * num_colours:
+        raise ValueError(f"make_world: num_heldout must be in 1..{MAX_HELDOUT * num_colours}, got {num_heldout}.")
     root = Path(directory)
-    clips = plan_world(num_train, num_heldout, seed)
-    _claim(root, {"num_train": num_train, "num_heldout": num_heldout, "seed": seed}, clips)
+    clips = plan_world(num_train, num_heldout, seed, num_colours, num_scenes)
+    settings = {"num_train": num_train, "num_heldout": num_heldout, "seed": seed}
+    settings |= {name: value for name, (value, most) in few.items() if value < most}
+    _claim(root, settings, clips)
 
     rows = {}
     threads = torch.get_num_threads()
@@ -108,12 +118,14 @@ def make_world(
     )
 
 
-def plan_world(num_train: int, num_heldout: int, seed: int) -> list[_Clip]:
+def plan_world(
+    num_train: int, num_heldout: int, seed: int, num_colours: int = len(COLOURS), num_scenes: int = len(SCENES)
+) -> list[_Clip]:
     """Deals the combinations: each held-out clip gets a (shape, colour, motion) of its own, training the rest."""
     rng = Random(f"{seed}/plan")
-    triples = list(product(SHAPES, COLOURS, MOTIONS))
+    triples = list(product(SHAPES, list(COLOURS)[:num_colours], MOTIONS))
     rng.shuffle(triples)
-    scenes = list(SCENES)
+    scenes = list(SCENES)[:num_scenes]
     heldout = [Combination(*triple, rng.choice(scenes)) for triple in triples[:num_heldout]]
     rest = [Combination(*triple, scene) for triple in triples[num_heldout:] for scene in scenes]
     rng.shuffle(rest)

@@ -97,7 +97,7 @@ class AblateConfig:
                 title, _, files = word.partition("=")
                 wrong = title.partition("/")[2] not in (("", "video", "audio") if name == "probes" else ("",))
                 if wrong or not title or len(list(filter(None, files.split(",")))) != count:
-                    form = "NAME=TRAIN,TEST or NAME/audio=TRAIN,TEST" if count == 2 else "NAME=MANIFEST"
+                    form = "NAME=TRAIN,TEST" if count == 2 else "NAME=MANIFEST"
                     raise ValueError(f"AblateConfig: {name} must be written {form}, got {word!r}.")
 
 
@@ -247,9 +247,9 @@ def _cell(config: AblateConfig, base: PretrainConfig, cell: Cell) -> dict[str, A
 
 
 def _train(run: RunConfig) -> None:
-    """Unless its model is there."""
+    """Unless what it leaves last is there."""
     folder = Path(run.out)
-    if not (folder / "model").is_dir():
+    if not (folder / {"pretrain": "model", "finetune": "evaluation.json"}[run.verb]).exists():
         _start(run, folder)
     elif config_hash(load_run_config(folder)) != config_hash(run):
         raise ConfigError(f"{folder}: the cell must be of the same settings, got another's. Choose another --out.")
@@ -328,12 +328,11 @@ def _from_scratch(config: AblateConfig, base: PretrainConfig, cell: Cell, column
     """Top-1 of the tower trained on the probe's labels alone, by the best of the rates."""
     if not column.modality:
         raise ConfigError("class labels train no captions")
-    samples, run = [sample for path in column.files for sample in labelled(path)], cell.run(config, base)
-    num_train = len(labelled(column.files[0]))
+    (train, test), run = map(labelled, column.files), cell.run(config, base)
     unused = {"num_samples": 0} if column.modality == "video" else {"num_frames": 0}
     data = dataclasses.replace(run.data, train=column.files[0], weights=(), num_candidates=0, **unused)
-    data = dataclasses.replace(data, batch_size=min(data.batch_size, num_train), fps=config.fps or data.fps)
-    classes = {"num_classes": 1 + max(sample.label for sample in samples), "classifier_dropout": 0.0}
+    data = dataclasses.replace(data, batch_size=min(data.batch_size, len(train)), fps=config.fps or data.fps)
+    classes = {"num_classes": 1 + max(sample.label for sample in train + test), "classifier_dropout": 0.0}
     model = replace(
         tower_config(run.model, column.modality), classes | {f"{column.modality}.drop_token.keep_rate": 1.0}
     )

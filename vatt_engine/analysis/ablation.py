@@ -22,7 +22,7 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def text(row: Mapping[str, Any], name: str) -> Any:
-        value, spread = row["values"].get(name), row["spread"].get(name)
+        value, spread = row["values"].get(name), row.get("spread", {}).get(name)
         if value is None:
             return None
         if "GFLOPs" in name:

@@ -93,9 +93,9 @@ def report(config: ReportConfig) -> Path:
 def _read_run(run: str, config: ReportConfig, samples: Sequence[Sample], queries: Sequence[Sample]) -> RunReport:
     folder = Path(run)
     if ablation := _json(folder / "ablation.json"):
-        facts = {"model": ablation["config"]["config"], "commit": ablation["env"].get("commit")}
+        facts = {"model": ablation.get("config", {}).get("config"), "commit": ablation.get("env", {}).get("commit")}
         picture = {"ablation": (folder / "ablation.png").read_bytes()}
-        return RunReport(run, facts, [], {"Ablation": shown(ablation["rows"])}, {}, picture)
+        return RunReport(run, facts, [], {"Ablation": shown(ablation.get("rows", ()))}, {}, picture)
     settings = load_run_config(folder)
     is_pretraining = isinstance(settings, PretrainConfig)
     part = settings.model.video if is_pretraining else getattr(settings.model, settings.modality)
@@ -108,14 +108,14 @@ def _read_run(run: str, config: ReportConfig, samples: Sequence[Sample], queries
     facts |= {"clips per second": last.get("clips_per_second"), "commit": _json(folder / "env.json").get("commit")}
     tasks = _json(folder / "retrieval.json").get("tasks", {})
     probes = [
-        {"task": found["modality"], "weights": "random" if found["untrained"] else "trained", **row}
+        {"task": found.get("modality"), "weights": "random" if found.get("untrained") else "trained", **row}
         for found in map(_json, sorted(folder.glob("probe-*.json")))
-        for row in found["rows"]
+        for row in found.get("rows", ())
     ]
     results = {"Zero-shot retrieval": [{"task": task, **metrics} for task, metrics in tasks.items()], "Probes": probes}
     if found := _json(folder / "evaluation.json"):
         results["Fine-tuning"] = [
-            {k: found[k] for k in ("data", "step", "num_windows", "num_crops")} | found["metrics"]
+            {k: found.get(k) for k in ("data", "step", "num_windows", "num_crops")} | found.get("metrics", {})
         ]
     answers = _answers(folder, config, samples, queries) if queries and is_pretraining else {}
     plots = {path.stem: path.read_bytes() for path in sorted((folder / "plots").glob("*.png"))}

@@ -55,9 +55,9 @@ class AblateConfig:
         steps: of the cells of equal steps; None: the config's. Those of equal time train as long as the slowest of
             them, by the measured clips per second.
         equal_time: train those too.
-        scratch_lrs: peak learning rates of two baselines: probes of random weights; and the towers trained from scratch
-            on the labels of each probe, for as many steps of as many clips as pre-training takes, of which each seed's
-            best on the test set counts. None: no baselines.
+        scratch_lrs: adds two baselines: probes of random weights, and towers trained from scratch on the labels of each
+            probe, for as many steps as pre-training, with these peak learning rates, of which each seed's best on the
+            test set counts; none: no baselines.
         probes: NAME=TRAIN,TEST, or NAME/audio=TRAIN,TEST; HMDB51, UCF101 and ESC50 know their modality.
         retrievals: NAME=MANIFEST.
         fps: of the clips that are probed and retrieved; None: as trained.

@@ -43,8 +43,8 @@ demo: setup
 SEEDS ?= 1
 ABLATION := runs/ablation
 ablation: setup
-	$(VENV)/bin/vatt demo-data $(ABLATION)/world --num-train 1536 --num-heldout 24 --num-colours 1 --num-scenes 1
-	$(VENV)/bin/vatt demo-data $(ABLATION)/test --num-train 256 --num-heldout 1 --num-colours 1 --num-scenes 1 --seed 1
+	$(VENV)/bin/vatt demo-data $(ABLATION)/world --num-train 1536 --num-heldout 24 --untold true
+	$(VENV)/bin/vatt demo-data $(ABLATION)/test --num-train 256 --num-heldout 1 --untold true --seed 1
 	head -n 40 $(ABLATION)/world/train.jsonl > $(ABLATION)/world/labelled.jsonl
 	$(VENV)/bin/vatt ablate benchmarks/ablation.yaml --out $(ABLATION)/cells --data $(ABLATION)/world/train.jsonl \
 		--steps 400 --batch-size 48 --seeds $(SEEDS) --scratch-lrs 0.0005 0.001 0.002 \

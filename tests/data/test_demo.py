@@ -1,6 +1,7 @@
 """data.demo: files hold what the rules say, train and held-out share nothing, one seed gives one world."""
 
 import json
+import re
 from itertools import product
 from random import Random
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vatt_engine.data.demo import MAX_HELDOUT, make_world, plan_world
+from vatt_engine.data.demo import ANY, MAX_HELDOUT, make_world, plan_world
 from vatt_engine.data.demo_scene import COLOURS, MOTIONS, SCENES, SHAPES, Combination, Take, draw_frames, draw_waveform
 from vatt_engine.data.demo_words import COLOUR_WORDS, MOTION_WORDS, SCENE_WORDS, SHAPE_WORDS
 
@@ -226,18 +227,27 @@ def test_another_seed_is_another_world(world, tmp_path):
     assert rows_of(tmp_path, "train")[0]["captions"] != rows_of(world, "train")[0]["captions"]
 
 
-def test_a_world_of_few_colours_and_scenes(tmp_path):
-    clips = plan_world(200, 64, 0, num_colours=2, num_scenes=1)
+def test_an_untold_world(tmp_path):
+    clips = plan_world(200, 24, 0, untold=True)
     trained, held_out = (
         {clip.combination for clip in clips if clip.path.startswith(split)} for split in ("train/", "heldout/")
     )
-    assert (len(trained), len(held_out)) == (64, 64)
-    everything = product(SHAPES, list(COLOURS)[:2], MOTIONS, list(SCENES)[:1])
-    assert trained | held_out == {Combination(*factors) for factors in everything}
-    make_world(tmp_path, num_train=3, num_heldout=1, num_colours=1, num_scenes=1)
-    assert {(c.colour, c.scene) for c in factors_of(tmp_path).values()} == {("red", "night")}
-    with pytest.raises(ValueError, match=r"directory must hold \{.*\}, got \{.*'num_colours': 1, 'num_scenes': 1\}"):
-        make_world(tmp_path, num_train=3, num_heldout=1)
+    assert (len(trained), len(held_out)) == (40, 24)
+    assert trained | held_out == {Combination(s, ANY, m, ANY) for s, m in product(SHAPES, MOTIONS)}
+
+    make_world(tmp_path, num_train=16, num_heldout=1, untold=True)
+    texts = " ".join(caption["text"] for row in rows_of(tmp_path, "train") for caption in row["captions"])
+    told = {word for words in (COLOUR_WORDS, SCENE_WORDS) for name in words if name != ANY for word in words[name]}
+    assert [word for word in told if re.search(rf"\b{word}\b", texts)] == []
+    assert "bright" in texts
+    decoded = [decode(tmp_path / row["path"]) for row in rows_of(tmp_path, "train")]
+    seen = [seen_colour(frames) for frames, *_ in decoded]
+    assert len(set(seen)) > 3
+    pitches = [loudest_pitch(wave, rate) for _, wave, rate, _ in decoded]
+    heard = [min(COLOURS, key=lambda name: abs(COLOURS[name].pitch / pitch - 1)) for pitch in pitches]
+    assert sum(a == b for a, b in zip(seen, heard)) < 8, "picture and sound draw on their own"
+    with pytest.raises(ValueError, match=r"directory must hold \{.*\}, got \{.*'untold': True\}"):
+        make_world(tmp_path, num_train=16, num_heldout=1)
 
 
 def test_rejects_bad_arguments(world, tmp_path):
@@ -251,10 +261,7 @@ def test_rejects_bad_arguments(world, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.mp4"]
     with pytest.raises(ValueError, match=r"make_world: num_train must be in 1\.\.1000000, got 0"):
         make_world(tmp_path / "new", num_train=0)
-    for num_colours, most in ((8, 384), (2, 96)):
-        assert most == MAX_HELDOUT * num_colours
+    for untold, most in ((False, MAX_HELDOUT), (True, 48)):
         with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{most}, got {most + 1}"):
-            make_world(tmp_path / "new", num_heldout=most + 1, num_colours=num_colours)
-    with pytest.raises(ValueError, match=r"make_world: num_scenes must be in 1\.\.4, got 5"):
-        make_world(tmp_path / "new", num_scenes=5)
+            make_world(tmp_path / "new", num_heldout=most + 1, untold=untold)
     assert not (tmp_path / "new").exists()

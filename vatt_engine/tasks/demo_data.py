@@ -18,7 +18,7 @@ class DemoDataConfig:
         directory: an empty or new folder; receives train.jsonl, heldout.jsonl and their media.
         num_train: training clips.
         num_heldout: held-out clips, each a combination that no training clip has.
-        num_colours, num_scenes: of 8 and 4; with few of them, training comes to motions sooner.
+        untold: colours and scenes are chance, which neither sounds nor captions tell.
         seed: the same seed makes the same world.
         num_threads: clips made at once; None for one per core.
     """
@@ -26,8 +26,7 @@ class DemoDataConfig:
     directory: str
     num_train: int = 2048
     num_heldout: int = 256
-    num_colours: int = 8
-    num_scenes: int = 4
+    untold: bool = False
     seed: int = 0
     num_threads: int | None = None
 
@@ -43,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
         config.directory,
         num_train=config.num_train,
         num_heldout=config.num_heldout,
-        num_colours=config.num_colours,
-        num_scenes=config.num_scenes,
+        untold=config.untold,
         seed=config.seed,
         num_threads=config.num_threads,
         progress=progress,

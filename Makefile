@@ -13,11 +13,11 @@ export GOMP_SPINCOUNT ?= 50000
 
 python_sources := vatt_engine kernels tests benchmarks setup.py
 
-.PHONY: help setup demo test soak lint bench gpu clean
+.PHONY: help setup demo ablation test soak lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test [FAST=1] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
+	@echo "make demo | ablation [SEEDS=3] | test [FAST=1] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
@@ -38,6 +38,19 @@ demo: setup
 	$(VENV)/bin/vatt demo-data runs/demo/world
 	$(VENV)/bin/vatt pretrain demo --data.train runs/demo/world/train.jsonl --out runs/demo/run
 	$(VENV)/bin/vatt retrieve runs/demo/run --data runs/demo/world/heldout.jsonl
+
+# Table 5 on a small world (docs/tasks.md), one folder per cell: the same command goes on where it was stopped.
+SEEDS ?= 1
+ABLATION := runs/ablation
+ablation: setup
+	$(VENV)/bin/vatt demo-data $(ABLATION)/world --num-train 1536 --num-heldout 24 --untold true
+	$(VENV)/bin/vatt demo-data $(ABLATION)/test --num-train 256 --num-heldout 1 --untold true --seed 1
+	head -n 40 $(ABLATION)/world/train.jsonl > $(ABLATION)/world/labelled.jsonl
+	$(VENV)/bin/vatt ablate benchmarks/ablation.yaml --out $(ABLATION)/cells --data $(ABLATION)/world/train.jsonl \
+		--steps 400 --batch-size 48 --seeds $(SEEDS) --scratch-lrs 0.0005 0.001 0.002 \
+		--probes ACTIONS=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \
+		SOUNDS/audio=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \
+		--retrievals CAPTIONS=$(ABLATION)/world/heldout.jsonl
 
 # A process per CPU, each with the tests of whole files and one thread.
 test: setup

@@ -40,7 +40,7 @@ def run_report(name, **changes):
     fields = {
         "facts": {EVIL: EVIL, "step": 3},
         "records": records,
-        "results": [{"task": EVIL, "R@1": 12.5, "queries": 8}],
+        "results": {EVIL: [{"task": EVIL, "R@1": 12.5, "queries": 8}]},
         "answers": answers,
         "plots": {EVIL: image},
     }
@@ -52,7 +52,7 @@ def test_names_and_captions_stay_text():
     assert read.open == []
     assert {tag for tag, _ in read.tags}.isdisjoint({"script", "iframe", "object", "link", "a", "form"})
     assert [name for _, attributes in read.tags for name in attributes if name.startswith("on")] == []
-    assert read.text.count(EVIL) >= 8, "title, heading, facts, task, query, captions"
+    assert read.text.count(EVIL) >= 9, "title, heading, facts, table, task, query, captions"
     images = [attributes for tag, attributes in read.tags if tag == "img"]
     assert len(images) == 1 + 2 * 2 + 2  # curves; two answers in each run; a plot of each
     for attributes in images:
@@ -61,7 +61,7 @@ def test_names_and_captions_stay_text():
 
 
 def test_what_is_not_there_has_no_section():
-    bare = run_report("bare", records=[], results=[], answers={}, plots={})
+    bare = run_report("bare", records=[], results={}, answers={}, plots={})
     read = Reader(page("one", [bare]))
     assert [tag for tag, _ in read.tags].count("h2") == 1
     assert "12.5" not in read.text

@@ -1,13 +1,15 @@
 """data.demo: files hold what the rules say, train and held-out share nothing, one seed gives one world."""
 
 import json
+import re
+from itertools import product
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
-from vatt_engine.data.demo import MAX_HELDOUT, make_world, plan_world
+from vatt_engine.data.demo import ANY, MAX_HELDOUT, make_world, plan_world
 from vatt_engine.data.demo_scene import COLOURS, MOTIONS, SCENES, SHAPES, Combination, Take, draw_frames, draw_waveform
 from vatt_engine.data.demo_words import COLOUR_WORDS, MOTION_WORDS, SCENE_WORDS, SHAPE_WORDS
 
@@ -225,6 +227,29 @@ def test_another_seed_is_another_world(world, tmp_path):
     assert rows_of(tmp_path, "train")[0]["captions"] != rows_of(world, "train")[0]["captions"]
 
 
+def test_an_untold_world(tmp_path):
+    clips = plan_world(200, 24, 0, untold=True)
+    trained, held_out = (
+        {clip.combination for clip in clips if clip.path.startswith(split)} for split in ("train/", "heldout/")
+    )
+    assert (len(trained), len(held_out)) == (40, 24)
+    assert trained | held_out == {Combination(s, ANY, m, ANY) for s, m in product(SHAPES, MOTIONS)}
+
+    make_world(tmp_path, num_train=16, num_heldout=1, untold=True)
+    texts = " ".join(caption["text"] for row in rows_of(tmp_path, "train") for caption in row["captions"])
+    told = {word for words in (COLOUR_WORDS, SCENE_WORDS) for name in words if name != ANY for word in words[name]}
+    assert [word for word in told if re.search(rf"\b{word}\b", texts)] == []
+    assert "bright" in texts
+    decoded = [decode(tmp_path / row["path"]) for row in rows_of(tmp_path, "train")]
+    seen = [seen_colour(frames) for frames, *_ in decoded]
+    assert len(set(seen)) > 3
+    pitches = [loudest_pitch(wave, rate) for _, wave, rate, _ in decoded]
+    heard = [min(COLOURS, key=lambda name: abs(COLOURS[name].pitch / pitch - 1)) for pitch in pitches]
+    assert sum(a == b for a, b in zip(seen, heard)) < 8, "picture and sound draw on their own"
+    with pytest.raises(ValueError, match=r"directory must hold \{.*\}, got \{.*'untold': True\}"):
+        make_world(tmp_path, num_train=16, num_heldout=1)
+
+
 def test_rejects_bad_arguments(world, tmp_path):
     with pytest.raises(ValueError, match=r"make_world: directory must hold \{.*'seed': 0.*got \{.*'seed': 3"):
         make_world(world, num_train=48, num_heldout=32, seed=0)
@@ -236,6 +261,7 @@ def test_rejects_bad_arguments(world, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.mp4"]
     with pytest.raises(ValueError, match=r"make_world: num_train must be in 1\.\.1000000, got 0"):
         make_world(tmp_path / "new", num_train=0)
-    with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{MAX_HELDOUT}, got 512"):
-        make_world(tmp_path / "new", num_heldout=512)
+    for untold, most in ((False, MAX_HELDOUT), (True, 48)):
+        with pytest.raises(ValueError, match=rf"num_heldout must be in 1\.\.{most}, got {most + 1}"):
+            make_world(tmp_path / "new", num_heldout=most + 1, untold=untold)
     assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tasks.test_pretrain import SMALL
 
+from vatt_engine.analysis.ablation import shown
 from vatt_engine.analysis.flops import paper_flops
 from vatt_engine.cli import main
 from vatt_engine.data.demo import make_world
@@ -19,6 +20,7 @@ from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks import ablate as task
 from vatt_engine.tasks.ablate import AblateConfig, ablate
 from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.finetune import finetune
 from vatt_engine.tasks.pretrain import pretrain
 
 
@@ -36,11 +38,12 @@ def here(monkeypatch):
     """Train in this process, and note what was trained."""
     trained = []
 
-    def train(run, folder):
+    def start(run, folder):
         trained.append((folder.name, run.engine.steps))
-        assert pretrain(run, resume=(folder / "config.yaml").exists()) == 0
+        job = {"pretrain": pretrain, "finetune": finetune}[run.verb]
+        assert job(run, resume=(folder / "config.yaml").exists()) == 0
 
-    monkeypatch.setattr(task, "_train", train)
+    monkeypatch.setattr(task, "_start", start)
     return trained
 
 
@@ -55,11 +58,11 @@ def options(folder: Path, out: str, **changes) -> AblateConfig:
 def test_cells_table_and_what_is_missing(folder, here):
     config = options(folder, "equal", equal_time=False)
     rows = ablate(config)["rows"]
-    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4)]
+    assert here == [("drop-0.5-steps-48px-seed0", 4), ("drop-0-steps-48px-seed0", 4)]
     values = [row["values"] for row in rows]
     assert [(row["drop %"], row["budget"], row["steps"]) for row in values] == [(50, "steps", 4), (0, "steps", 4)]
     for row, keep in zip(values, (0.5, 1.0)):
-        run = load_config(str(folder / "equal" / f"drop-{row['drop %'] / 100:g}-steps" / "config.yaml"))
+        run = load_config(str(folder / "equal" / f"drop-{row['drop %'] / 100:g}-steps-48px-seed0" / "config.yaml"))
         assert run.model.video.drop_token.keep_rate == run.model.audio.drop_token.keep_rate == keep
         assert (run.schedule.total_steps, run.schedule.warmup_steps) == (4, 1)
         assert row["paper GFLOPs"] == paper_flops(run.model, candidates=5) / 1e9
@@ -79,31 +82,86 @@ def test_cells_table_and_what_is_missing(folder, here):
 
     assert ablate(config)["rows"] == rows  # nothing is trained or probed again
     assert len(here) == 2
-    (folder / "equal" / "drop-0-steps" / "cell.json").unlink()
+    (folder / "equal" / "drop-0-steps-48px-seed0" / "cell.json").unlink()
     assert ablate(config)["rows"][1]["values"]["HMDB51"] == values[1]["HMDB51"]
     assert len(here) == 2
     other = (folder / "small.yaml").read_text().replace("lr: 0.001", "lr: 0.002")
     (folder / "other.yaml").write_text(other)
-    with pytest.raises(ConfigError, match=r"drop-0\.5-steps: the cell must be of the same settings, got another's"):
+    with pytest.raises(
+        ConfigError, match=r"drop-0\.5-steps-48px-seed0: the cell must be of the same settings, got another's"
+    ):
         ablate(dataclasses.replace(config, config=str(folder / "other.yaml")))
 
 
+def test_seeds_frame_sizes_and_baselines(folder, here):
+    world, out = folder / "world", folder / "seeds"
+    sets = {"probes": tuple(f"{name}={world}/train.jsonl,{world}/heldout.jsonl" for name in ("MOTION", "BEAT/audio"))}
+    sets |= {"resolutions": (32,), "drop_rates": (0.5,), "seeds": 2, "scratch_lrs": (1e-3, 1e-4), "equal_time": False}
+    config = options(folder, "seeds", steps=2, **sets)
+    rows = ablate(config)["rows"]
+    classifiers = [f"{name}-lr{lr}" for name in ("MOTION", "BEAT") for lr in ("0.001", "0.0001")]
+    assert here == [(name, 2) for seed in "01" for name in (f"drop-0.5-steps-32px-seed{seed}", *classifiers)]
+
+    def found(path: str, *keys) -> list[float]:
+        values = []
+        for seed in range(2):
+            value = json.loads((out / path.format(seed)).read_text())
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return values
+
+    probed, random, scratch = rows
+    cell = "drop-0.5-steps-32px-seed{}"
+    for column, modality in (("MOTION", "video"), ("BEAT", "audio")):
+        files = {"pre-trained": (f"{cell}/probe-{modality}.json", "rows", 0, "top-1")}
+        files |= {"random": (f"{cell}/probe-{modality}-untrained.json", "rows", 0, "top-1")}
+        by_rate = [
+            found(f"scratch-32px-seed{{}}/{column}-lr{lr}/evaluation.json", "metrics", "top-1")
+            for lr in ("0.001", "0.0001")
+        ]
+        expected = (found(*files["pre-trained"]), found(*files["random"]), [max(pair) for pair in zip(*by_rate)])
+        for row, values in zip(rows, expected):
+            assert [one[column] for one in row["seeds"]] == values
+            assert row["values"][column] == pytest.approx(sum(values) / 2)
+            assert row["spread"][column] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert probed["values"]["demo"] == sum(found(f"{cell}/retrieval.json", "tasks", "text -> video", "R@10")) / 2
+    assert random["values"]["demo"] == 100.0  # ten of six
+    assert scratch["values"]["demo"] is None
+    assert scratch["reasons"]["demo"] == "class labels train no captions"
+    seeds = [load_config(str(out / cell.format(seed) / "config.yaml")) for seed in range(2)]
+    assert [run.engine.seed for run in seeds] == [seeds[0].engine.seed, seeds[0].engine.seed + 1]
+    assert seeds[0].model.video.frame_size == (32, 32)
+    with (out / "ablation.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [float(row["MOTION sd"]) for row in read] == [row["spread"]["MOTION"] for row in rows]
+    value, spread = probed["values"]["MOTION"], probed["spread"]["MOTION"]
+    assert shown(rows)[0]["MOTION"] == f"{value:.1f} ± {spread:.1f}"
+
+    for name in ("cell.json", "BEAT-lr0.001/evaluation.json"):  # stopped before the evaluation
+        (out / "scratch-32px-seed1" / name).unlink()
+    assert ablate(config)["rows"] == rows
+    assert here[10:] == [("BEAT-lr0.001", 2)]
+
+
 def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
-    measured = task._measured
+    costs = task._costs
 
-    def timed(run, rate, budget):
-        found = measured(run, rate, budget)
-        found["values"]["clips/s"] = 30.0 if rate else 20.0
-        return found
+    def timed(run, cell):
+        return costs(run, cell) | {"clips/s": 30.0 if cell.drop_rate else 20.0}
 
-    monkeypatch.setattr(task, "_measured", timed)
+    monkeypatch.setattr(task, "_costs", timed)
     values = [row["values"] for row in ablate(options(folder, "time", probes=(), retrievals=()))["rows"]]
-    assert here == [("drop-0.5-steps", 4), ("drop-0-steps", 4), ("drop-0.5-time", 6)]
+    assert here == [
+        ("drop-0.5-steps-48px-seed0", 4),
+        ("drop-0-steps-48px-seed0", 4),
+        ("drop-0.5-time-48px-seed0", 6),
+    ]
     assert [(row["drop %"], row["budget"], row["steps"]) for row in values[2:]] == [(50, "time", 6), (0, "time", 4)]
 
 
 def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):
-    part = replace(load_config(str(folder / "small.yaml")), {"out": str(folder / "real" / "drop-0.5-steps")})
+    part = replace(load_config(str(folder / "small.yaml")), {"out": str(folder / "real" / "drop-0.5-steps-48px-seed0")})
     changes = {f"model.{m}.drop_token.keep_rate": 0.5 for m in ("video", "audio")}
     changes |= {"engine.steps": 2, "schedule.total_steps": 4, "schedule.warmup_steps": 1}
     pretrain(replace(part, changes))
@@ -124,6 +182,10 @@ def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):
         (["--probes", "HMDB51=a"], "probes must be written NAME=TRAIN"),
         (["--retrievals", "x"], "retrievals must be written NAME=MANIFEST, got 'x'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--resolutions", "48", "48"], "resolutions must be different numbers above 0, got (48, 48)"),
+        (["--scratch-lrs", "0.0"], "scratch_lrs must be different numbers above 0, got (0.0,)"),
+        (["--probes", "A/text=a,b"], "probes must be written NAME=TRAIN"),
     ],
 )
 def test_refuses(capsys, flags, message):

@@ -44,12 +44,12 @@ class Answer(NamedTuple):
 
 
 class RunReport(NamedTuple):
-    """What the page shows of one run: facts and metrics by name, answers by query, pictures by name."""
+    """What the page shows of one run: facts by name, rows by table, answers by query, pictures by name."""
 
     name: str
     facts: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
-    results: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Sequence[Mapping[str, Any]]]
     answers: Mapping[str, Sequence[Answer]]
     plots: Mapping[str, bytes]
 
@@ -59,7 +59,7 @@ def page(title: str, runs: Sequence[RunReport]) -> str:
 
     All text is escaped, and the page's own policy forbids scripts and requests.
 
-    >>> "<script>" in page("<script>", [RunReport("a", {}, [], [], {}, {})])
+    >>> "<script>" in page("<script>", [RunReport("a", {}, [], {}, {}, {})])
     False
     """
     parts = [HEAD.format(title=escape(title))]
@@ -68,9 +68,9 @@ def page(title: str, runs: Sequence[RunReport]) -> str:
     curves = losses(runs)
     if curves is not None:
         parts.append(_section("Training", _figure_of(curves, "loss over steps", "whole")))
-    results = [{"run": run.name} | dict(row) for run in runs for row in run.results]
-    if results:
-        parts.append(_section("Zero-shot retrieval", _table(sorted(results, key=lambda row: str(row.get("task"))))))
+    for title in dict.fromkeys(title for run in runs for title in run.results):
+        rows = [{"run": run.name} | dict(row) for run in runs for row in run.results.get(title, ())]
+        parts.append(_section(title, _table(sorted(rows, key=lambda row: str(row.get("task"))))))
     queries = dict.fromkeys(query for run in runs for query in run.answers)
     if queries:
         rows = [

@@ -19,6 +19,7 @@ from .encode import write_media
 
 MAX_TRAIN = 1_000_000
 MAX_HELDOUT = 384  # of the 512 triples of shape, colour and motion; the others are left to train on
+ANY = "any"  # a factor that is chance, and of which nothing is told
 _ENCODERS = {  # options of the video and of the audio encoder: the fastest that keep textures and tones
     ".mp4": (
         {"preset": "ultrafast", "crf": "23", "threads": "1"},
@@ -52,6 +53,7 @@ def make_world(
     *,
     num_train: int = 2048,
     num_heldout: int = 256,
+    untold: bool = False,
     seed: int = 0,
     num_threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -67,7 +69,9 @@ def make_world(
     Args:
         directory: an empty or new folder, or a world of the same arguments, which is then completed.
         num_train: training clips, at most 1,000,000; from about 500 on, they show every value of every factor.
-        num_heldout: held-out clips, at most 384.
+        num_heldout: held-out clips, at most 384, or 48 of an untold world.
+        untold: colours and scenes are chance, drawn anew for picture and for sound, and no caption names them. They are
+            what training learns first; here it comes to shapes and motions sooner, and labels alone teach less.
         seed: the same seed makes the same clips and captions.
         num_threads: clips made at once; None: one per core.
         progress: called with (clips done, clips in all).
@@ -80,11 +84,13 @@ def make_world(
     """
     if not 1 <= num_train <= MAX_TRAIN:
         raise ValueError(f"make_world: num_train must be in 1..{MAX_TRAIN}, got {num_train}.")
-    if not 1 <= num_heldout <= MAX_HELDOUT:
-        raise ValueError(f"make_world: num_heldout must be in 1..{MAX_HELDOUT}, got {num_heldout}.")
+    most = MAX_HELDOUT // len(COLOURS) if untold else MAX_HELDOUT
+    if not 1 <= num_heldout <= most:
+        raise ValueError(f"make_world: num_heldout must be in 1..{most}, got {num_heldout}.")
     root = Path(directory)
-    clips = plan_world(num_train, num_heldout, seed)
-    _claim(root, {"num_train": num_train, "num_heldout": num_heldout, "seed": seed}, clips)
+    clips = plan_world(num_train, num_heldout, seed, untold)
+    settings = {"num_train": num_train, "num_heldout": num_heldout, "seed": seed} | ({"untold": True} if untold else {})
+    _claim(root, settings, clips)
 
     rows = {}
     threads = torch.get_num_threads()
@@ -108,12 +114,12 @@ def make_world(
     )
 
 
-def plan_world(num_train: int, num_heldout: int, seed: int) -> list[_Clip]:
+def plan_world(num_train: int, num_heldout: int, seed: int, untold: bool = False) -> list[_Clip]:
     """Deals the combinations: each held-out clip gets a (shape, colour, motion) of its own, training the rest."""
     rng = Random(f"{seed}/plan")
-    triples = list(product(SHAPES, COLOURS, MOTIONS))
+    colours, scenes = ([ANY], [ANY]) if untold else (list(COLOURS), list(SCENES))
+    triples = list(product(SHAPES, colours, MOTIONS))
     rng.shuffle(triples)
-    scenes = list(SCENES)
     heldout = [Combination(*triple, rng.choice(scenes)) for triple in triples[:num_heldout]]
     rest = [Combination(*triple, scene) for triple in triples[num_heldout:] for scene in scenes]
     rng.shuffle(rest)
@@ -152,20 +158,29 @@ def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
     rng = Random(f"{seed}/{clip.path}")
     take = Take.draw(rng)
     other = Combination(*(rng.choice(list(f)) for f in (SHAPES, COLOURS, MOTIONS, SCENES)))
+    if clip.combination.colour == ANY:
+        other = other._replace(colour=ANY, scene=ANY)
     captions = write_captions(clip.combination, other, take.seconds, rng)
     path = root / clip.path
     if not path.exists():
         options, audio_options = _ENCODERS[path.suffix]
         write_media(
             path,
-            draw_frames(clip.combination, take, rng),
+            draw_frames(_chosen(clip.combination, rng), take, rng),
             fps=take.fps,
-            waveform=draw_waveform(clip.combination, take, rng),
+            waveform=draw_waveform(_chosen(clip.combination, rng), take, rng),
             sample_rate=take.sample_rate,
             options=options,
             audio_options=audio_options,
         )
     return {"path": clip.path, "captions": captions, "label": list(MOTIONS).index(clip.combination.motion)}
+
+
+def _chosen(combination: Combination, rng: Random) -> Combination:
+    """With a colour and a scene, whatever they are."""
+    if combination.colour != ANY:
+        return combination
+    return combination._replace(colour=rng.choice(list(COLOURS)), scene=rng.choice(list(SCENES)))
 
 
 def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:

@@ -25,6 +25,7 @@ COLOUR_WORDS = {
     "blue": ("blue", "navy"),
     "purple": ("purple", "violet"),
     "pink": ("pink", "rosy"),
+    "any": ("bright",),
 }
 MOTION_WORDS = {
     "still": ("stays still", "rests without moving", "does not move"),
@@ -41,6 +42,7 @@ SCENE_WORDS = {
     "grass": ("grass", "a lawn", "a meadow"),
     "water": ("water", "the sea", "a lake"),
     "bricks": ("bricks", "a brick wall", "a stone wall"),
+    "any": ("a backdrop",),
 }
 PITCH_WORDS = {
     "red": "deepest",
@@ -51,6 +53,7 @@ PITCH_WORDS = {
     "blue": "high",
     "purple": "shrill",
     "pink": "highest",
+    "any": "plain",
 }
 TIMBRE_WORDS = {
     "circle": "pure tone",

@@ -18,6 +18,7 @@ class DemoDataConfig:
         directory: an empty or new folder; receives train.jsonl, heldout.jsonl and their media.
         num_train: training clips.
         num_heldout: held-out clips, each a combination that no training clip has.
+        untold: colours and scenes are chance, which neither sounds nor captions tell.
         seed: the same seed makes the same world.
         num_threads: clips made at once; None for one per core.
     """
@@ -25,6 +26,7 @@ class DemoDataConfig:
     directory: str
     num_train: int = 2048
     num_heldout: int = 256
+    untold: bool = False
     seed: int = 0
     num_threads: int | None = None
 
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
         config.directory,
         num_train=config.num_train,
         num_heldout=config.num_heldout,
+        untold=config.untold,
         seed=config.seed,
         num_threads=config.num_threads,
         progress=progress,

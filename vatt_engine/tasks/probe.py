@@ -94,7 +94,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
     >>> probe(ProbeConfig(run="runs/demo/run", train=("a.jsonl",), test=("b.jsonl",)))["rows"]  # doctest: +SKIP
     """
-    splits = [tuple(_labelled(path) for path in pair) for pair in zip(config.train, config.test)]
+    splits = [tuple(labelled(path) for path in pair) for pair in zip(config.train, config.test)]
     num_classes = 1 + max(sample.label for split in splits for samples in split for sample in samples)
     features, rows = Features(config), []
     for number, (train, test) in enumerate(splits, 1):
@@ -117,7 +117,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     return result
 
 
-def _labelled(path: str) -> list[Sample]:
+def labelled(path: str) -> list[Sample]:
     samples = read_samples(path)
     for sample in samples:
         if type(sample.label) is not int or sample.label < 0:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vatt_engine.analysis.ablation import shown
 from vatt_engine.analysis.report import read_records
 from vatt_engine.analysis.report_page import Answer, RunReport, page, thumbnail
 from vatt_engine.batch import Batch
@@ -19,9 +20,10 @@ from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.engine.logging import write_text
 from vatt_engine.schema import ConfigError
-from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.config import PretrainConfig
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.retrieve import embed_captions, embed_clips, load_run
+from vatt_engine.tasks.towers import load_run_config
 from vatt_engine.tasks.visualize import with_runs
 
 NEAREST = 5
@@ -29,10 +31,10 @@ NEAREST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Writes one HTML page: settings, loss curves, retrieval results and examples, and the pictures in RUN/plots.
+    """Writes one HTML page: settings, loss curves, results, retrieval examples, and the pictures in RUN/plots.
 
     Args:
-        runs: run folders of `vatt pretrain`; also as words before the flags.
+        runs: folders of `vatt pretrain`, `vatt finetune` or `vatt ablate`; also as words before the flags.
         data: manifest for retrieval examples; without it the page has none.
         out: the page; by default report.html in the first run.
         num_queries: captions drawn at random as examples.
@@ -90,18 +92,34 @@ def report(config: ReportConfig) -> Path:
 
 def _read_run(run: str, config: ReportConfig, samples: Sequence[Sample], queries: Sequence[Sample]) -> RunReport:
     folder = Path(run)
-    settings = load_config(str(folder / "config.yaml"))
+    if ablation := _json(folder / "ablation.json"):
+        facts = {"model": ablation.get("config", {}).get("config"), "commit": ablation.get("env", {}).get("commit")}
+        picture = {"ablation": (folder / "ablation.png").read_bytes()}
+        return RunReport(run, facts, [], {"Ablation": shown(ablation.get("rows", ()))}, {}, picture)
+    settings = load_run_config(folder)
+    is_pretraining = isinstance(settings, PretrainConfig)
+    part = settings.model.video if is_pretraining else getattr(settings.model, settings.modality)
     records = read_records(folder / "metrics.jsonl")
     last = records[-1] if records else {}
-    facts = {"model": settings.model.name, "backbone": settings.model.backbone, "step": last.get("step")}
+    facts = {"model": settings.model.name, "step": last.get("step")}
+    facts |= {"backbone": settings.model.backbone} if is_pretraining else {"init": settings.init or "from scratch"}
     facts |= {"batch size": settings.data.batch_size, "peak learning rate": f"{settings.optim.lr:g}"}
-    facts |= {"DropToken keeps, video": f"{settings.model.video.drop_token.keep_rate:g}"}
+    facts |= {f"DropToken keeps{', video' if is_pretraining else ''}": f"{part.drop_token.keep_rate:g}"}
     facts |= {"clips per second": last.get("clips_per_second"), "commit": _json(folder / "env.json").get("commit")}
     tasks = _json(folder / "retrieval.json").get("tasks", {})
-    results = [{"task": task, **metrics} for task, metrics in tasks.items()]
-    answers = _answers(folder, config, samples, queries) if queries else {}
+    probes = [
+        {"task": found.get("modality"), "weights": "random" if found.get("untrained") else "trained", **row}
+        for found in map(_json, sorted(folder.glob("probe-*.json")))
+        for row in found.get("rows", ())
+    ]
+    results = {"Zero-shot retrieval": [{"task": task, **metrics} for task, metrics in tasks.items()], "Probes": probes}
+    if found := _json(folder / "evaluation.json"):
+        results["Fine-tuning"] = [
+            {k: found.get(k) for k in ("data", "step", "num_windows", "num_crops")} | found.get("metrics", {})
+        ]
+    answers = _answers(folder, config, samples, queries) if queries and is_pretraining else {}
     plots = {path.stem: path.read_bytes() for path in sorted((folder / "plots").glob("*.png"))}
-    return RunReport(run, facts, records, results, answers, plots)
+    return RunReport(run, facts, records, {title: rows for title, rows in results.items() if rows}, answers, plots)
 
 
 def _json(path: Path) -> dict[str, Any]:

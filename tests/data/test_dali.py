@@ -7,11 +7,11 @@ from itertools import islice
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data import dali
 from vatt_engine.data.clips import ClipReader
 from vatt_engine.data.dali import DaliLoader, DaliReader, build_loader, dali_missing
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import DataConfig, Loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import MediaError

@@ -5,9 +5,9 @@ from itertools import islice
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data.augment import AugmentConfig, center_crop
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import DataConfig, Loader, Quarantine, QuarantineError
 from vatt_engine.data.manifest import Caption, Sample, sample_id
 from vatt_engine.data.media import decode, decode_clip

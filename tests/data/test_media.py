@@ -8,8 +8,8 @@ from fractions import Fraction
 import av
 import pytest
 import torch
+from media_files import write_media
 
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import Caption
 from vatt_engine.data.media import Media, MediaError, MediaLimits, decode, decode_clip, probe
 from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window

@@ -8,9 +8,9 @@ import tarfile
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import ManifestError
 from vatt_engine.data.media import Media, MediaError, MediaLimits, open_media

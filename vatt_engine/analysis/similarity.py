@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vatt_engine.analysis.metrics import check_columns, check_matrix
+
 
 def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
     """Rank of each query's target among all candidates, 1 for the best.
@@ -27,23 +29,13 @@ def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
     >>> target_ranks(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).tolist()
     [1, 2]
     """
-    if similarity.ndim != 2 or 0 in similarity.shape:
-        raise ValueError(f"retrieval: similarity must be [queries, candidates], got {list(similarity.shape)}.")
-    if not similarity.isfinite().all():
-        bad = int((~similarity.isfinite()).sum())
-        raise ValueError(f"retrieval: similarity must be finite, got {bad} NaN or infinite values.")
-    num_queries, num_candidates = similarity.shape
+    check_matrix("retrieval: similarity", "[queries, candidates]", similarity)
     if targets is None:
-        if num_queries != num_candidates:
+        if similarity.shape[0] != similarity.shape[1]:
             shape = list(similarity.shape)
             raise ValueError(f"retrieval: similarity must be square where there are no targets, got {shape}.")
-        targets = torch.arange(num_queries, device=similarity.device)
-    if targets.shape != (num_queries,) or targets.dtype != torch.int64:
-        found = f"{targets.dtype} {list(targets.shape)}"
-        raise ValueError(f"retrieval: targets must be int64 [{num_queries}], got {found}.")
-    if targets.min() < 0 or targets.max() >= num_candidates:
-        found = f"{int(targets.min())}..{int(targets.max())}"
-        raise ValueError(f"retrieval: targets must be in 0..{num_candidates - 1}, got {found}.")
+        targets = torch.arange(len(similarity), device=similarity.device)
+    check_columns("retrieval: targets", targets, similarity)
     own = similarity.gather(1, targets[:, None])
     return (similarity >= own).sum(1)
 

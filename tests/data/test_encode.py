@@ -143,7 +143,7 @@ def test_failure_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
     monkeypatch.setitem(encode.CODECS, ".mp4", ("no_such_codec", "aac"))
-    with pytest.raises(ValueError, match="encode: codec must be an encoder for mp4 that this FFmpeg has, got 'no_such"):
+    with pytest.raises(ValueError, match="write_media: codec must be one that this FFmpeg encodes, got no no_such"):
         encode.write_media(path, flash_frames(), fps=10, **SOUND)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

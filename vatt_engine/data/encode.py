@@ -14,6 +14,24 @@ CODECS = {".mp4": ("libx264", "aac"), ".webm": ("libvpx-vp9", "libopus")}  # of 
 EXACT = {"fflags": "+bitexact"}  # no date, no random ids
 
 
+def has_codec(name: str, mode: str = "w") -> bool:
+    """Whether this FFmpeg encodes ("w") or decodes ("r") it."""
+    import av
+
+    try:
+        av.Codec(name, mode)
+    except ValueError:  # av.codec.codec.UnknownCodecError is one
+        return False
+    return True
+
+
+def check_encoders(where: str, names: Iterable[str]) -> None:
+    """Refuse, in words for users, what this FFmpeg cannot encode."""
+    for name in names:
+        if not has_codec(name):
+            raise ValueError(f"{where}: codec must be one that this FFmpeg encodes, got no {name}.")
+
+
 def write_media(
     path: Path,
     frames: Tensor,
@@ -42,6 +60,7 @@ def write_media(
     """
     import av
 
+    check_encoders("write_media", CODECS[path.suffix])
     codec, audio_codec = CODECS[path.suffix]
     rate = Fraction(fps).limit_denominator(1001)
     temporary = path.with_name(f".{path.name}-{os.getpid()}{path.suffix}")
@@ -98,7 +117,7 @@ def write_sound(path: Path, blocks: Iterable[Tensor], *, sample_rate: int, codec
 def video_stream(
     container, codec: str, rate: Fraction, time_base: Fraction, height: int, width: int, options: Mapping[str, str]
 ):
-    stream = _add_stream(container, codec, rate, options)
+    stream = container.add_stream(codec, rate=rate, options=dict(options))
     stream.height, stream.width = height, width
     stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     stream.codec_context.time_base = stream.time_base = time_base
@@ -106,19 +125,9 @@ def video_stream(
 
 
 def audio_stream(container, codec: str, sample_rate: int, options: Mapping[str, str]):
-    stream = _add_stream(container, codec, sample_rate, options)
+    stream = container.add_stream(codec, rate=sample_rate, options=dict(options))
     stream.layout = "mono"
     return stream
-
-
-def _add_stream(container, codec: str, rate: Fraction | int, options: Mapping[str, str]):
-    import av
-
-    try:
-        return container.add_stream(codec, rate=rate, options=dict(options))
-    except (ValueError, av.FFmpegError) as error:
-        expectation = f"be an encoder for {container.format.name} that this FFmpeg has"
-        raise ValueError(f"encode: codec must {expectation}, got '{codec}'. {error}") from error
 
 
 def video_frames(timed: Iterable[tuple[Tensor, int, int]], time_base: Fraction, pix_fmt: str) -> Iterator:

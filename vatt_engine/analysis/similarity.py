@@ -40,35 +40,11 @@ def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
     return (similarity >= own).sum(1)
 
 
-def recall_at_k(ranks: Tensor, k: int) -> float:
-    """Share of queries whose target is among the best k, in percent.
-
-    Args:
-        ranks: [Nq], 1-based, from target_ranks.
-        k: number of candidates looked at, >= 1.
-
-    Raises:
-        ValueError: `k` is not positive.
-
-    >>> recall_at_k(torch.tensor([1, 7, 3, 2]), 3)
-    75.0
-    """
-    if k < 1:
-        raise ValueError(f"recall_at_k: k must be at least 1, got {k}.")
-    return 100 * (ranks <= k).double().mean().item()
-
-
-def median_rank(ranks: Tensor) -> float:
-    """Median of 1-based ranks, the mean of the two middle ones for an even number (MedR: median of 0-based ranks + 1).
-
-    >>> median_rank(torch.tensor([1, 7, 3, 2]))
-    2.5
-    """
-    return ranks.double().quantile(0.5).item()
-
-
 def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, the median rank MedR, and `chance`: the R@10 in percent of guessing.
+    """Recall, median rank, and what guessing would give.
+
+    R@1, R@5 and R@10 are the shares in percent of the queries whose target is among the best 1, 5 and 10; `chance` is
+    the R@10 of guessing. MedR is the median of the 1-based ranks, the mean of the two middle ones for an even number.
 
     Args:
         similarity: [Nq, Nc], see target_ranks.
@@ -83,5 +59,6 @@ def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict
     {'R@1': 100.0, 'R@5': 100.0, 'R@10': 100.0, 'MedR': 1.0, 'chance': 50.0}
     """
     ranks = target_ranks(similarity, targets)
-    metrics = {f"R@{k}": recall_at_k(ranks, k) for k in (1, 5, 10)}
-    return metrics | {"MedR": median_rank(ranks), "chance": 100 * min(1.0, 10 / similarity.shape[1])}
+    metrics = {f"R@{k}": 100 * (ranks <= k).double().mean().item() for k in (1, 5, 10)}
+    median = ranks.double().quantile(0.5).item()
+    return metrics | {"MedR": median, "chance": 100 * min(1.0, 10 / similarity.shape[1])}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
@@ -53,7 +54,7 @@ def write_shard(folder, codec, num_samples=6):
     suffix, encoder, options = CODECS[codec]
     folder.mkdir()
     rows = []
-    with ShardWriter(folder / "000000.tar") as shard:
+    with closing(ShardWriter(folder / "000000.tar")) as shard:
         for number in range(num_samples):
             key, count = f"{number + 1:016x}", 16 + 2 * number
             video, sound = folder / f"{key}{suffix}", folder / f"{key}.flac"

@@ -13,7 +13,7 @@ from sklearn import metrics as sklearn_metrics
 from torchmetrics.functional import classification, retrieval
 
 from vatt_engine.analysis.metrics import average_precision, d_prime, multi_label_metrics, roc_auc, top_k_accuracy
-from vatt_engine.analysis.similarity import recall_at_k, target_ranks
+from vatt_engine.analysis.similarity import retrieval_metrics
 from vatt_engine.testing import randn
 
 SINGLE = 4 * torch.finfo(torch.float32).eps  # torchmetrics answers in float32; values are at most 1
@@ -121,7 +121,7 @@ def test_our_recall_is_that_of_torchmetrics_where_nothing_is_tied(k):
     targets = torch.randint(0, 60, (40,))
     relevant = torch.nn.functional.one_hot(targets, 60)
     expected = [retrieval.retrieval_recall(s, r, top_k=k).item() for s, r in zip(similarity.sigmoid(), relevant)]
-    assert recall_at_k(target_ranks(similarity, targets), k) == pytest.approx(100 * np.mean(expected))
+    assert retrieval_metrics(similarity, targets)[f"R@{k}"] == pytest.approx(100 * np.mean(expected))
 
 
 @pytest.mark.parametrize(

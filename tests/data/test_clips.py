@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.clips import ClipReader
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import Caption, Sample, sample_id
 from vatt_engine.data.media import MediaError, MediaLimits, probe
 from vatt_engine.data.words import Vocabulary

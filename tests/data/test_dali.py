@@ -2,16 +2,17 @@
 
 import hashlib
 import os
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data import dali
 from vatt_engine.data.clips import ClipReader
 from vatt_engine.data.dali import DaliLoader, DaliReader, build_loader, dali_missing
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import DataConfig, Loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import MediaError
@@ -53,7 +54,7 @@ def write_shard(folder, codec, num_samples=6):
     suffix, encoder, options = CODECS[codec]
     folder.mkdir()
     rows = []
-    with ShardWriter(folder / "000000.tar") as shard:
+    with closing(ShardWriter(folder / "000000.tar")) as shard:
         for number in range(num_samples):
             key, count = f"{number + 1:016x}", 16 + 2 * number
             video, sound = folder / f"{key}{suffix}", folder / f"{key}.flac"

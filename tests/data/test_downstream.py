@@ -7,10 +7,10 @@ from dataclasses import replace
 import av
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data.augment import AugmentConfig, side_crop
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample, sample_id
 

@@ -5,9 +5,9 @@ from itertools import islice
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data.augment import AugmentConfig, center_crop
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import DataConfig, Loader, Quarantine, QuarantineError
 from vatt_engine.data.manifest import Caption, Sample, sample_id
 from vatt_engine.data.media import decode, decode_clip
@@ -259,7 +259,7 @@ def test_captions_beyond_the_file_are_noted(folder, tmp_path):
     late = Caption("late", 50.0, 60.0)
     samples = [
         sample(folder / "0.mp4", 0, captions=(late, Caption("early", 0.0, 1.0))),
-        sample(folder / "1.mp4", 1, captions=(late,)),
+        sample(folder / "1.mp4", 1, captions=(Caption("at the end", 2.0, 3.0),)),
         sample(folder / "2.mp4", 2, captions=(Caption("...", 0.0, 2.0), Caption("early", 1.9, 2.0))),
         sample(folder / "3.mp4", 3, captions=(Caption("?!", 0.0, 2.0),)),
     ]

@@ -8,11 +8,11 @@ from fractions import Fraction
 import av
 import pytest
 import torch
+from media_files import write_media
 
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import Caption
 from vatt_engine.data.media import Media, MediaError, MediaLimits, decode, decode_clip, probe
-from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window
+from vatt_engine.data.windows import even_windows, nearest_captions, random_window
 
 RATE = 48_000
 MP3_DELAY = 1105  # samples that an mp3 decoder is late by; avi cannot say so, other containers do
@@ -382,4 +382,3 @@ def test_nearest_captions():
     assert names == ["across", "inside", "after", "before", "far", "across", "inside"]
     assert [c.text for c in nearest_captions(captions, 10.0, 14.0, 2)] == ["across", "inside"]
     assert nearest_captions([], 0.0, 1.0, 5) == []
-    assert [c.text for c in captions_within(captions, 11.0)] == ["before", "across"]

@@ -20,10 +20,10 @@ import av
 import pytest
 import torch
 
+from tests.media_files import write_media
 from vatt_engine.data import workers
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader, QuarantineError
 from vatt_engine.data.manifest import Sample, sample_id
 from vatt_engine.data.media import MediaError, decode

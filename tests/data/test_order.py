@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_files import write_media
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader, join_sources
 from vatt_engine.data.manifest import Sample, sample_id
 from vatt_engine.data.order import Order, evaluation_steps, interleaved, training_steps, whole_shares

@@ -12,9 +12,9 @@ from hashlib import sha256
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data import transcode
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import Caption, ManifestError, Sample, read_manifest, sample_id
 from vatt_engine.data.media import open_media, probe
 from vatt_engine.data.prepare import PrepareConfig, prepare

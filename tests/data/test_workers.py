@@ -13,11 +13,11 @@ from itertools import islice
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.data import workers
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Caption, Member, Sample, sample_id, write_manifest
 from vatt_engine.data.words import Vocabulary

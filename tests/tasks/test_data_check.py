@@ -8,9 +8,9 @@ from hashlib import sha256
 
 import pytest
 import torch
+from media_files import write_media
 
 from vatt_engine.cli import main
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.shards import read_index, read_samples
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from media_files import write_media
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from vatt_engine.batch import Embeddings
 from vatt_engine.cli import main
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.demo import make_world
-from vatt_engine.data.encode import write_media
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.words import Vocabulary

@@ -28,14 +28,9 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -
     """
     from torchmetrics.functional.classification import multiclass_accuracy
 
-    _check_scores("top_k_accuracy", scores)
-    num_samples, num_classes = scores.shape
-    if labels.shape != (num_samples,) or labels.dtype != torch.int64:
-        found = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"top_k_accuracy: labels must be int64 [{num_samples}], got {found}.")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        found = f"{int(labels.min())}..{int(labels.max())}"
-        raise ValueError(f"top_k_accuracy: labels must be in 0..{num_classes - 1}, got {found}.")
+    check_matrix("top_k_accuracy: scores", "[samples, classes]", scores)
+    check_columns("top_k_accuracy: labels", labels, scores)
+    num_classes = scores.shape[1]
     for k in ks:
         if not 1 <= k <= num_classes:
             raise ValueError(f"top_k_accuracy: ks must be in 1..{num_classes}, got {k}.")
@@ -119,12 +114,23 @@ def multi_label_metrics(scores: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def _check_scores(where: str, scores: Tensor) -> None:
-    if scores.ndim != 2 or 0 in scores.shape:
-        raise ValueError(f"{where}: scores must be [samples, classes], got {list(scores.shape)}.")
-    if not scores.isfinite().all():
-        bad = int((~scores.isfinite()).sum())
-        raise ValueError(f"{where}: scores must be finite, got {bad} NaN or infinite values.")
+def check_matrix(where: str, form: str, matrix: Tensor) -> None:
+    """Refuse what is no finite matrix; `form` says what its two axes are."""
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"{where} must be {form}, got {list(matrix.shape)}.")
+    if not matrix.isfinite().all():
+        bad = int((~matrix.isfinite()).sum())
+        raise ValueError(f"{where} must be finite, got {bad} NaN or infinite values.")
+
+
+def check_columns(where: str, indices: Tensor, matrix: Tensor) -> None:
+    """Refuse what does not name a column for each row of a matrix."""
+    rows, columns = matrix.shape
+    if indices.shape != (rows,) or indices.dtype != torch.int64:
+        raise ValueError(f"{where} must be int64 [{rows}], got {indices.dtype} {list(indices.shape)}.")
+    if indices.min() < 0 or indices.max() >= columns:
+        found = f"{int(indices.min())}..{int(indices.max())}"
+        raise ValueError(f"{where} must be in 0..{columns - 1}, got {found}.")
 
 
 def _by_class(
@@ -138,7 +144,7 @@ def _by_class(
     torchmetrics is given ranks, equal for tied scores: of values outside 0..1 it would take a sigmoid, which in float32
     makes all large logits equal.
     """
-    _check_scores("multi_label_metrics", scores)
+    check_matrix("multi_label_metrics: scores", "[samples, classes]", scores)
     if targets.shape != scores.shape:
         expected = list(scores.shape)
         raise ValueError(f"multi_label_metrics: targets must be {expected}, got {list(targets.shape)}.")

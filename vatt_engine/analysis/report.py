@@ -85,15 +85,7 @@ def plot_losses(run_dir: str | Path) -> Path | None:
 def plot_monitors(run_dir: str | Path) -> Path | None:
     """Draw what shows trouble into `plots/monitors.png`: spread of the embeddings, throughput, memory, lost data.
 
-    Args:
-        run_dir: run folder with metrics.jsonl, as for `plot_losses`; a monitor that has no number is left out.
-
-    Returns:
-        The picture's path, or None where there is nothing to draw.
-
-    Raises:
-        ValueError: metrics.jsonl is missing or has a bad line; the message has the line.
-        RuntimeError: matplotlib is not installed.
+    A monitor that has no number is left out. Argument, result and errors as for `plot_losses`.
 
     >>> plot_monitors("runs/demo")  # doctest: +SKIP
     """

@@ -44,10 +44,6 @@ class Memory(NamedTuple):
     activations: int
     batch: int  # the clips themselves
 
-    @property
-    def total(self) -> int:
-        return sum(self)
-
 
 class Traffic(NamedTuple):
     """Bytes that one GPU sends per step, by ring algorithms: (N-1)/N of a tensor per gather or reduce-scatter."""

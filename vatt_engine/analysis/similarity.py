@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vatt_engine.analysis.metrics import check_columns, check_matrix
+
 
 def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
     """Rank of each query's target among all candidates, 1 for the best.
@@ -27,56 +29,22 @@ def target_ranks(similarity: Tensor, targets: Tensor | None = None) -> Tensor:
     >>> target_ranks(torch.tensor([[0.9, 0.1], [0.5, 0.5]])).tolist()
     [1, 2]
     """
-    if similarity.ndim != 2 or 0 in similarity.shape:
-        raise ValueError(f"retrieval: similarity must be [queries, candidates], got {list(similarity.shape)}.")
-    if not similarity.isfinite().all():
-        bad = int((~similarity.isfinite()).sum())
-        raise ValueError(f"retrieval: similarity must be finite, got {bad} NaN or infinite values.")
-    num_queries, num_candidates = similarity.shape
+    check_matrix("retrieval: similarity", "[queries, candidates]", similarity)
     if targets is None:
-        if num_queries != num_candidates:
+        if similarity.shape[0] != similarity.shape[1]:
             shape = list(similarity.shape)
             raise ValueError(f"retrieval: similarity must be square where there are no targets, got {shape}.")
-        targets = torch.arange(num_queries, device=similarity.device)
-    if targets.shape != (num_queries,) or targets.dtype != torch.int64:
-        found = f"{targets.dtype} {list(targets.shape)}"
-        raise ValueError(f"retrieval: targets must be int64 [{num_queries}], got {found}.")
-    if targets.min() < 0 or targets.max() >= num_candidates:
-        found = f"{int(targets.min())}..{int(targets.max())}"
-        raise ValueError(f"retrieval: targets must be in 0..{num_candidates - 1}, got {found}.")
+        targets = torch.arange(len(similarity), device=similarity.device)
+    check_columns("retrieval: targets", targets, similarity)
     own = similarity.gather(1, targets[:, None])
     return (similarity >= own).sum(1)
 
 
-def recall_at_k(ranks: Tensor, k: int) -> float:
-    """Share of queries whose target is among the best k, in percent.
-
-    Args:
-        ranks: [Nq], 1-based, from target_ranks.
-        k: number of candidates looked at, >= 1.
-
-    Raises:
-        ValueError: `k` is not positive.
-
-    >>> recall_at_k(torch.tensor([1, 7, 3, 2]), 3)
-    75.0
-    """
-    if k < 1:
-        raise ValueError(f"recall_at_k: k must be at least 1, got {k}.")
-    return 100 * (ranks <= k).double().mean().item()
-
-
-def median_rank(ranks: Tensor) -> float:
-    """Median of 1-based ranks, the mean of the two middle ones for an even number (MedR: median of 0-based ranks + 1).
-
-    >>> median_rank(torch.tensor([1, 7, 3, 2]))
-    2.5
-    """
-    return ranks.double().quantile(0.5).item()
-
-
 def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, the median rank MedR, and `chance`: the R@10 in percent of guessing.
+    """Recall, median rank, and what guessing would give.
+
+    R@1, R@5 and R@10 are the shares in percent of the queries whose target is among the best 1, 5 and 10; `chance` is
+    the R@10 of guessing. MedR is the median of the 1-based ranks, the mean of the two middle ones for an even number.
 
     Args:
         similarity: [Nq, Nc], see target_ranks.
@@ -91,5 +59,6 @@ def retrieval_metrics(similarity: Tensor, targets: Tensor | None = None) -> dict
     {'R@1': 100.0, 'R@5': 100.0, 'R@10': 100.0, 'MedR': 1.0, 'chance': 50.0}
     """
     ranks = target_ranks(similarity, targets)
-    metrics = {f"R@{k}": recall_at_k(ranks, k) for k in (1, 5, 10)}
-    return metrics | {"MedR": median_rank(ranks), "chance": 100 * min(1.0, 10 / similarity.shape[1])}
+    metrics = {f"R@{k}": 100 * (ranks <= k).double().mean().item() for k in (1, 5, 10)}
+    median = ranks.double().quantile(0.5).item()
+    return metrics | {"MedR": median, "chance": 100 * min(1.0, 10 / similarity.shape[1])}

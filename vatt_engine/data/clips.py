@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Caption, Sample
 from vatt_engine.data.media import Clip, Media, MediaError, Track, open_media
 from vatt_engine.data.order import generator_of
-from vatt_engine.data.windows import captions_within, even_windows, nearest_captions, random_window
+from vatt_engine.data.windows import even_windows, nearest_captions, random_window
 from vatt_engine.data.words import Vocabulary
 
 
@@ -57,6 +57,7 @@ class ClipReader:
 
     def __init__(self, config: DataConfig, vocabulary: Vocabulary | None, *, seed: int, train: bool):
         self.config, self.vocabulary, self.seed, self.train = config, vocabulary, seed, train
+        self._form = {"fps": config.fps, "sample_rate": config.sample_rate, "short_side": config.short_side}
         self._tracks: dict[Path, Future[Track | str]] = {}  # a str is why the file cannot be used
         self._cached_bytes, self._lock = 0, threading.Lock()
 
@@ -92,7 +93,7 @@ class ClipReader:
 
     def worded(self, sample: Sample, decoded: Decoded) -> Row:
         """The row of a decoded sample, with the captions of the sample nearest to its window."""
-        captions = [c for c in captions_within(sample.captions, decoded.end) if c.end >= sample.start]
+        captions = [c for c in sample.captions if c.start < decoded.end and c.end >= sample.start]
         notes, left_out = [decoded.note] if decoded.note else [], len(sample.captions) - len(captions)
         if left_out and (sample.start, sample.end) == (0, None):
             notes.append(f"captions must begin within the {decoded.end:.3f} s of the file, got {left_out} later.")
@@ -111,14 +112,9 @@ class ClipReader:
         config, media = self.config, self._media(sample)
         end, start = self._end(sample, media), max(start, sample.start)
         part = min(seconds, end - start)
-        clip = media.read(
-            start,
-            num_frames=max(1, round(part * config.fps)) if config.num_frames else 0,
-            fps=config.fps,
-            num_samples=round(part * config.sample_rate) if config.num_samples else 0,
-            sample_rate=config.sample_rate,
-            short_side=config.short_side,
-        )
+        num_frames = max(1, round(part * config.fps)) if config.num_frames else 0
+        num_samples = round(part * config.sample_rate) if config.num_samples else 0
+        clip = media.read(start, num_frames=num_frames, num_samples=num_samples, **self._form)
         return (start + seconds if start + seconds + 1 / config.fps < end else None), clip.note
 
     def _end(self, sample: Sample, source: Track | Media) -> float:
@@ -156,8 +152,7 @@ class ClipReader:
 
     def _decoded(self, sample: Sample) -> Track:
         config, media = self.config, self._media(sample)
-        form: dict[str, Any] = {"fps": config.fps, "sample_rate": config.sample_rate, "short_side": config.short_side}
-        form["pictures"] = config.num_frames > 0
+        form = self._form | {"pictures": config.num_frames > 0}
         with self._lock:
             self._cached_bytes += media.track_bytes(**form)
             size = self._cached_bytes / 2**30
@@ -176,17 +171,8 @@ class ClipReader:
             period = max(1, round((end - start) * config.fps))
             num_frames = min(num_frames, period)
             num_samples = min(num_samples, round(period / config.fps * config.sample_rate))
-        if isinstance(source, Track):
-            clip = source.cut(start, num_frames=num_frames, num_samples=num_samples)
-        else:
-            clip = source.read(
-                start,
-                num_frames=num_frames,
-                fps=config.fps,
-                num_samples=num_samples,
-                sample_rate=config.sample_rate,
-                short_side=config.short_side,
-            )
+        counts = {"num_frames": num_frames, "num_samples": num_samples}
+        clip = source.cut(start, **counts) if isinstance(source, Track) else source.read(start, **counts, **self._form)
         video, audio = _repeated(clip.video, config.num_frames), _repeated(clip.audio, config.num_samples)
         return clip._replace(video=video, audio=audio)
 

@@ -135,15 +135,9 @@ class DaliReader(ClipReader):
     """ClipReader of prepared shards with DALI's decoders; arguments as there, and the device."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        vocabulary: Vocabulary | None,
-        *,
-        seed: int,
-        train: bool,
-        device: torch.device | str,
+        self, config: DataConfig, vocabulary: Vocabulary | None, *, device: torch.device | str, **options: Any
     ):
-        super().__init__(config, vocabulary, seed=seed, train=train)
+        super().__init__(config, vocabulary, **options)
         self.device = torch.device(device)
         self._thread = threading.local()
 

@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from vatt_engine.data.encode import check_encoders
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.shards import (
     FORMAT,
@@ -136,14 +137,8 @@ def prepare(
 
 def _settings(manifest: Path, samples: Sequence[Sample], config: PrepareConfig) -> dict[str, Any]:
     """The first line of the index, without its counts."""
-    import av
-
     codec = CODECS[config.codec]
-    for name in (codec.encoder, "flac"):
-        try:
-            av.Codec(name, "w")
-        except ValueError:
-            raise ValueError(f"prepare: codec must be one that this FFmpeg encodes, got no {name}.") from None
+    check_encoders("prepare", (codec.encoder, "flac"))
     return {
         "format": FORMAT,
         "fps": float(config.fps),

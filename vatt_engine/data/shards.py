@@ -280,9 +280,9 @@ def _expanded(name: str) -> list[str]:
 class ShardWriter:
     """One tar, whole or not at all: a temporary file until `close`. The same members make the same bytes.
 
-    >>> with ShardWriter(Path("000000.tar")) as shard:
-    ...     entry = shard.add("00000000000000ff.json", b"{}")
-    >>> entry["offset"], entry["size"], shard.size
+    >>> shard = ShardWriter(Path("000000.tar"))
+    >>> entry = shard.add("00000000000000ff.json", b"{}")
+    >>> entry["offset"], entry["size"], shard.close()["size"]
     (512, 2, 10240)
     """
 
@@ -291,16 +291,6 @@ class ShardWriter:
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._file = self._temporary.open("wb")
         self._sha256 = sha256()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
-            self._temporary.unlink()
 
     def add(self, name: str, content: bytes | Path) -> dict[str, Any]:
         """Append a member; its name, offset, size and SHA-256."""

@@ -30,15 +30,6 @@ def even_windows(duration: float, clip_seconds: float, num_windows: int = 1) -> 
     return [room * i / (num_windows - 1) for i in range(num_windows)]
 
 
-def captions_within(captions: Sequence[Caption], duration: float) -> list[Caption]:
-    """The captions that touch the file's [0, duration).
-
-    >>> captions_within([Caption("a", 0, 1), Caption("b", 9, 12)], 5.0)
-    [Caption(text='a', start=0, end=1)]
-    """
-    return [caption for caption in captions if caption.start < duration]
-
-
 def nearest_captions(captions: Sequence[Caption], start: float, end: float, num_candidates: int) -> list[Caption]:
     """The `num_candidates` captions nearest in time to the window [start, end], nearest first, repeated if too few.
 

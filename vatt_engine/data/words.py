@@ -60,13 +60,12 @@ class Vocabulary:
         return len(self.words)
 
     @classmethod
-    def train(cls, captions: Iterable[str], size: int = 65536, *, min_count: int = 1) -> Vocabulary:
+    def train(cls, captions: Iterable[str], size: int = 65536) -> Vocabulary:
         """The most frequent words of some captions; equally frequent ones in alphabetical order.
 
         Args:
             captions: the texts to count words in.
             size: largest number of ids, `<pad>` (0) and `<unk>` (1) included.
-            min_count: words seen less often are left out.
 
         Raises:
             ValueError: `size` leaves no room for a word, or the captions hold no word.
@@ -79,11 +78,11 @@ class Vocabulary:
         if size < 3:
             raise ValueError(f"vocabulary: size must be at least 3 ({PAD}, {UNKNOWN} and a word), got {size}.")
         tokenizer = cls([PAD, UNKNOWN])._tokenizer
-        trainer = trainers.WordLevelTrainer(vocab_size=size - 2, min_frequency=min_count, show_progress=False)
+        trainer = trainers.WordLevelTrainer(vocab_size=size - 2, show_progress=False)
         tokenizer.train_from_iterator(captions, trainer)
         ids = tokenizer.get_vocab()
         if not ids:
-            raise ValueError(f"vocabulary: captions must hold a word seen {min_count} times or more, got none.")
+            raise ValueError("vocabulary: captions must hold a word, got none.")
         return cls([PAD, UNKNOWN, *sorted(ids, key=ids.get)])
 
     @classmethod
@@ -216,8 +215,10 @@ def load_word_vectors(path: str | Path) -> tuple[list[str], Tensor]:
     return words, torch.from_numpy(vectors)
 
 
-def match_vectors(vocabulary: Vocabulary, words: Sequence[str], vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The vector of each word of a vocabulary, for an embedding table.
+def match_vectors(
+    vocabulary: Vocabulary, words: Sequence[str], vectors: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The vector of each word of a vocabulary, as an embedding table.
 
     Words are compared as they are written; of a word listed twice the first vector counts.
 
@@ -225,19 +226,16 @@ def match_vectors(vocabulary: Vocabulary, words: Sequence[str], vectors: Tensor)
         vocabulary: V words.
         words: N words.
         vectors: float32 [N, D], their vectors.
+        num_rows: R of the table, at least V.
 
     Returns:
-        The table, float32 [V, D], zero where there is no vector, and where there is one, bool [V].
-
-    Raises:
-        ValueError: `vectors` has not one row for each word.
+        The table, float32 [R, D], zero where there is no vector, and where there is one, bool [R].
     """
-    if vectors.ndim != 2 or len(vectors) != len(words):
-        raise ValueError(f"match_vectors: vectors must be [{len(words)}, D], got {list(vectors.shape)}.")
     rows = {word: index for index, word in reversed(list(enumerate(words)))}
-    index = torch.tensor([rows.get(word, -1) for word in vocabulary.words])
+    index = torch.full((num_rows,), -1)
+    index[: vocabulary.size] = torch.tensor([rows.get(word, -1) for word in vocabulary.words])
     found = index >= 0
-    table = torch.zeros(vocabulary.size, vectors.shape[1])
+    table = torch.zeros(num_rows, vectors.shape[1])
     table[found] = vectors[index[found]].float()
     return table, found
 

@@ -22,17 +22,16 @@ from vatt_engine.models.transformer import Block, Transformer
 from vatt_engine.models.vatt import VATT, AgnosticBackbone, PatchEncoder
 
 
-def read_npz(path: str | Path, *, prefixes: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name, or only those whose name starts with one of `prefixes`; nothing is unpickled.
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by name; nothing is unpickled.
 
     Raises:
         ValueError: the file is not an .npz, or holds pickled objects.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names = [name for name in archive.files if not prefixes or name.startswith(tuple(prefixes))]
-            return {name: archive[name] for name in names}
-    except (ValueError, OSError, EOFError, KeyError, AttributeError) as error:
+            return dict(archive)
+    except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path}: the file must be an .npz of plain arrays, got {error!r}.") from error

@@ -13,6 +13,7 @@ import torch
 
 from vatt_engine import dispatch
 from vatt_engine.data.dali import dali_missing
+from vatt_engine.data.encode import has_codec
 from vatt_engine.engine.logging import versions
 from vatt_engine.tasks.flags import parse_flags
 
@@ -129,7 +130,7 @@ def _media() -> Lines:
         return
     yield "PyAV", f"{av.__version__}, FFmpeg libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
     for title, mode, names in (("decodes", "r", DECODERS), ("encodes", "w", ENCODERS)):
-        missing = [name for name in names if not _has_codec(av, name, mode)]
+        missing = [name for name in names if not has_codec(name, mode)]
         yield title, ", ".join(name for name in names if name not in missing) or "nothing"
         if missing:
             yield f"does not {title[:-1]}", ", ".join(missing)
@@ -143,11 +144,3 @@ def _dali() -> Lines:
     yield "DALI", importlib.import_module("nvidia.dali").__version__
     yield "on the CPU", "can decode VP9 and MJPEG (FLAC always on the CPU); not H.264: there PyAV decodes"
     yield "on the GPU", dali_missing("cuda") or "can decode H.264, VP9 and MJPEG, not timed by anybody yet"
-
-
-def _has_codec(av: object, name: str, mode: str) -> bool:
-    try:
-        av.Codec(name, mode)
-    except ValueError:  # av.codec.codec.UnknownCodecError is one
-        return False
-    return True

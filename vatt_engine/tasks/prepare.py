@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from vatt_engine.data.prepare import PrepareConfig, prepare
@@ -51,8 +51,7 @@ class Progress:
 
 def main(argv: Sequence[str]) -> int:
     given = parse_flags(PrepareArguments, argv, prog="vatt prepare", positional=("manifest", "out"))
-    config = PrepareConfig(**{field.name: getattr(given, field.name) for field in fields(PrepareConfig)})
-    index = prepare(given.manifest, given.out, config, progress=Progress())
+    index = prepare(given.manifest, given.out, given, progress=Progress())
     rows = read_index(index)
     total = next(rows).values
     rejected = [row.values for row in rows if row.values.get("kind") == "rejected"]
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"... and {len(rejected) - 10} more, in {index}")
     counts = f"{total['samples']} samples in {total['shards']} shards, {total['rejected']} files rejected"
     print(f"{index}: {counts}, {total['seconds'] / 3600:.2f} h")
-    whole = config.place[1] == 1
+    whole = given.place[1] == 1
     next_step = f"vatt pretrain CONFIG --data.train {given.out}" if whole else f"vatt data merge {Path(given.out)}"
     print(f"Next{'' if whole else ', when all parts are there'}: {next_step}")
     return 0

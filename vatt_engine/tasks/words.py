@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
 from vatt_engine.models import VATT, VATTConfig
@@ -49,18 +47,14 @@ def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary
                 "would stay random. Give a word2vec file, or set model.text.freeze_embedding to null."
             )
         return 0
-    table, found = match_vectors(vocabulary, *load_word_vectors(words.vectors))
+    weight = model.word_embedding.weight
+    table, found = match_vectors(vocabulary, *load_word_vectors(words.vectors), len(weight))
     if not found.any():
         raise ConfigError(f"{words.vectors}: word vectors must be of words of the vocabulary, got none of its words.")
-    weight = model.word_embedding.weight
     if table.shape[1] != weight.shape[1]:
         raise ConfigError(
             f"{words.vectors}: word vectors must have width model.text.embedding_dim {weight.shape[1]}, "
             f"got {table.shape[1]}."
         )
-    rows = torch.zeros_like(weight)
-    rows[: len(table)] = table
-    marks = torch.zeros(len(weight), dtype=torch.bool)
-    marks[: len(found)] = found
-    model.word_embedding.load_vectors(rows, marks)
-    return int(marks.sum())
+    model.word_embedding.load_vectors(table.to(weight), found)
+    return int(found.sum())

@@ -38,7 +38,7 @@ ROOMS = {
 # Beside the standard library; all other rooms may import any library, below the top level if optional.
 OUTSIDE = {"kernels": {"torch", "triton"}}
 VERBS = {"cli", "tasks"}  # may follow their arrows inside functions: a verb loads only what it needs
-NATIVE = {"ops", "data"}  # who may import vatt_engine._C, inside functions
+NATIVE = {"ops", "data", "dispatch"}  # who may import vatt_engine._C, inside functions
 OPTIONAL = {
     "triton",
     "nvidia",
@@ -267,6 +267,7 @@ import torch
 before, start = set(sys.modules), time.process_time()
 import vatt_engine
 seconds = time.process_time() - start
+assert "torch._dynamo" not in sys.modules, "it takes seconds and 80 MB"
 print(json.dumps([seconds, sorted(name for name in set(sys.modules) - before if '.' not in name)]))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -62,11 +62,10 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 @functools.cache
-@torch.compiler.assume_constant_result
 def native_missing(*, cuda: bool = False) -> str | None:
     """The reason the native module cannot be used, or None; `cuda` asks for its CUDA kernels too."""
     try:
-        native = importlib.import_module("vatt_engine._C")
+        import vatt_engine._C as native  # a statement, which torch.compile can follow
     except ImportError as error:
         return f"the native module vatt_engine._C is not built ({error}); run `pip install -e .`"
     if cuda and not native.has_cuda:

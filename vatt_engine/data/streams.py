@@ -11,10 +11,11 @@ import re
 import statistics
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +176,8 @@ class Source:
         import av
         from av.stream import Discard
 
-        with self.opened() as (container, streams):
+        with ExitStack() as stack:
+            container, streams = stack.enter_context(self.opened())
             stream = streams[kind]
             for other in container.streams:
                 other.discard = Discard.default if other is stream else Discard.all
@@ -185,7 +187,9 @@ class Source:
                 with suppress(av.FFmpegError):  # without an index: from the beginning
                     container.seek(int((target + self.zero) / stream.time_base), stream=stream)
             time, step = -math.inf, 0.0
-            for number, frame in enumerate(container.decode(stream)):
+            # Not `container.decode`: a demuxer that is let go, and not closed, keeps 300 bytes for ever (PyAV 18).
+            packets = stack.enter_context(closing(container.demux(stream)))
+            for number, frame in enumerate(chain.from_iterable(packet.decode() for packet in packets)):
                 if number >= self.limits.max_frames:
                     text = f"a window must need at most {self.limits.max_frames} decoded {kind} frames, got more."
                     raise self.error(text)

@@ -23,14 +23,14 @@ struct Rows {
   float* scores;       // become p * drop
   float* grads;        // d(p * drop), become d(q k^T); null in forward
   float* lse;          // [heads, rows] log-sum-exps of the scaled scores: forward's result, backward's input
-  const float* delta;  // [heads, rows] sums over j of dy_ij y_ij
+  const float* delta;  // [heads, rows] dy_i . y_i
   uint64_t seed;
   int64_t head, rows;
   uint32_t dropped;   // of 2^31 hashes
   float scale, kept;  // kept: 1 / (1 - p)
 };
 
-// e^x for x <= 0 within two units in the last place, and 0 below -87; without branches, so that loops vectorise.
+// e^x for x <= 0, and 0 below -87; NaN stays NaN. Without branches, so that loops vectorise.
 inline float exp_of(float x) {
   const float turns = std::floor(x * 1.44269504f + 0.5f);
   const float rest = (x - turns * 0.693359375f) + turns * 2.12194440e-4f;
@@ -41,7 +41,7 @@ inline float exp_of(float x) {
   sum = sum * rest + 1.6666665459e-1f;
   sum = sum * rest + 5.0000001201e-1f;
   const float value = sum * rest * rest + rest + 1.0f;
-  const float power = bits_float(static_cast<uint32_t>(static_cast<int32_t>(std::max(turns, -126.0f)) + 127) << 23);
+  const float power = bits_float(static_cast<uint32_t>(static_cast<int32_t>(std::max(-126.0f, turns)) + 127) << 23);
   return x < -87.0f ? 0.0f : value * power;
 }
 

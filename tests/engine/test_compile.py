@@ -6,27 +6,13 @@ from typing import ClassVar, NamedTuple, get_args
 
 import pytest
 import torch
+from test_engine import Rows
 from torch import Tensor, nn
 
 from vatt_engine.engine import Engine, EngineConfig, OptimConfig, ScheduleConfig
 from vatt_engine.engine.config import Compile
 
 MODES = [mode for mode in get_args(Compile) if mode != "off"]
-
-
-class Rows(NamedTuple):
-    """A batch of [B, 6] rows."""
-
-    x: Tensor
-
-    def to(self, device: torch.device) -> Rows:
-        return Rows(self.x.to(device))
-
-    def split(self, num_parts: int) -> list[Rows]:
-        return [Rows(x) for x in self.x.tensor_split(num_parts)]
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 class Terms(NamedTuple):

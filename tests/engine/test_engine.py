@@ -22,7 +22,7 @@ SCHEDULE = ScheduleConfig(final=1e-3, warmup_steps=3, total_steps=12)
 
 
 class Rows(NamedTuple):
-    """A batch of [B, 4] rows."""
+    """A batch of [B, D] rows."""
 
     x: Tensor
 

@@ -48,6 +48,17 @@ def test_extreme_scores(factor):
         assert all(g.isfinite().all() for g in gradients(y / max(factor, 1), [x]))
 
 
+def test_nan_is_not_swallowed():
+    """The engine skips a step by it."""
+    x = randn(1, 33, 3, 1, 16)
+    x[0, 7, 1] = torch.nan  # a key, which every row sees
+    x.requires_grad_()
+    with use_impl(attention="cpp"):
+        y = ops.attention(x, dropout_p=0.5, seed=1)
+        assert y.isnan().all()
+        assert gradients(y, [x])[0].isnan().any()
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 16), (2, 5, 3, 0, 16)])
 def test_nothing(shape):
     x = torch.zeros(shape, requires_grad=True)

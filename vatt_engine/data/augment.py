@@ -243,7 +243,7 @@ def change_colors(rgb: Tensor, brightness: float, saturation: float, contrast: f
 
 
 def _jitter_color(frames: Tensor, config: AugmentConfig, draw: list[float]) -> Tensor:
-    """Colours of [T, H, W, 3] uint8 changed; on a CPU by the native module, in place and in a twelfth of the time."""
+    """Colours of [T, H, W, 3] uint8 changed; on a CPU by the native module, in place."""
     change = (
         _between(draw[0], (-config.brightness, config.brightness)),
         _between(draw[1], config.saturation),

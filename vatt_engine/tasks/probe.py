@@ -98,8 +98,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     num_classes = 1 + max(sample.label for split in splits for samples in split for sample in samples)
     features, rows = Features(config), []
     for number, (train, test) in enumerate(splits, 1):
-        x, y = features(train, 1)
-        x_test, y_test = features(test, config.num_windows)
+        x, train = features(train, 1)
+        x_test, test = features(test, config.num_windows)
+        y, y_test = (torch.tensor([sample.label for sample in samples]) for samples in (train, test))
         for name, classify in (("low rank", low_rank), ("logistic regression", logistic_regression)):
             options = {"epochs": config.epochs, "seed": config.seed} if classify is low_rank else {}
             scores = classify(x[:, 0], y, x_test.flatten(0, 1), num_classes, **options)
@@ -145,8 +146,8 @@ class Features:
         self.left_out: set[tuple] = set()
 
     @torch.inference_mode()
-    def __call__(self, samples: Sequence[Sample], num_windows: int) -> tuple[Tensor, Tensor]:
-        """Features [N, num_windows, D] and labels [N] of the samples that are usable."""
+    def __call__(self, samples: Sequence[Sample], num_windows: int) -> tuple[Tensor, list[Sample]]:
+        """Features [N, num_windows, D] of the samples that are usable, and these."""
         keys = {sample.id: (sample.path, sample.start, sample.end, num_windows) for sample in samples}
         missing = [sample for sample in samples if keys[sample.id] not in self.rows | dict.fromkeys(self.left_out)]
         if missing:
@@ -161,8 +162,7 @@ class Features:
                 self.left_out.add(keys[sample.id])
                 self.rows.pop(keys[sample.id], None)
         usable = [sample for sample in samples if keys[sample.id] in self.rows]
-        features = torch.stack([torch.stack(self.rows[keys[sample.id]]) for sample in usable]).clone()
-        return features, torch.tensor([sample.label for sample in usable])
+        return torch.stack([torch.stack(self.rows[keys[sample.id]]) for sample in usable]).clone(), usable
 
 
 def clips_of(tower: Tower, config: ProbeConfig) -> DataConfig:

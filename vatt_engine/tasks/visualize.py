@@ -21,6 +21,7 @@ from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.models import VATT
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.probe import Features, ProbeConfig
 from vatt_engine.tasks.retrieve import load_run
 
 Rows = list[dict[str, Any]]
@@ -31,7 +32,8 @@ class VisualizeConfig:
     """Writes OUT/FIGURE.png and OUT/FIGURE.csv, several runs side by side.
 
     Args:
-        runs: run folders of `vatt pretrain`; also as words before the flags.
+        runs: run folders of `vatt pretrain`, for tsne-classes also of `vatt finetune`, or folders with a video model;
+            also as words before the flags.
         data: manifest of clips the runs have not seen.
         figure: tsne-classes (paper, figure 2): video features by class. tsne-modalities (figure 3): video, audio and
             text behind the tokenizers and in the common space. similarity (figure 3): densities of the cosines of
@@ -169,13 +171,11 @@ def common(model: VATT, modality: str, signals: Tensor) -> Tensor:
 
 def _classes(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> Rows:
     panels, rows = {}, []
-    by_id = {sample.id: sample for sample in samples}
     for name in config.runs:
-        run = open_run(name, config, samples)
-        features = embed(run, pooled)["video"]
-        points = tsne([torch.stack(list(features.values()))], seed=config.seed)
-        shown = [by_id[i] for i in features]
-        panels[run.title] = (points, [str(sample.label) for sample in shown])
+        tower = {"run": name, "batch_size": config.batch_size, "device": config.device}
+        features, shown = Features(ProbeConfig(train=(config.data,), test=(config.data,), **tower))(samples, 1)
+        points = tsne([features[:, 0]], seed=config.seed)
+        panels[textwrap.fill(name, 44)] = (points, [str(sample.label) for sample in shown])
         for sample, (x, y) in zip(shown, points.tolist()):
             rows.append({"run": name, "clip": str(sample.path), "class": sample.label, "x": x, "y": y})
     plot_points(panels, path, "Video features by class, t-SNE")

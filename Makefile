@@ -24,10 +24,12 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # Build requirements first, so that the build needs no isolation (and no second download) and is pinned like the rest.
-# CMake keeps its objects under build/: after a change in csrc only that is compiled.
+# CMake keeps its objects under build/: after a change in csrc only that is compiled. Of open_clip, a rival in the
+# benchmarks, one file of losses is read; what else it would bring (torchvision) is not for every torch.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) | $(PY)
 	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
 	@$(PY) -c 'from vatt_engine import _C; print("native module:", f"CUDA {_C.cuda_archs}" if _C.has_cuda else "CPU only")'
 	@touch $@
 

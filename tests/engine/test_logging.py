@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from vatt_engine.engine.logging import RunLog, environment
+from vatt_engine.engine.logging import NoLog, RunLog, environment
 
 
 def records(run_dir):
@@ -134,6 +134,13 @@ def test_going_back_drops_the_records_and_leaves_an_event(tmp_path):
     assert [(r["step"], r["total"]) for r in records(tmp_path)] == [(10, 1.0), (20, 0.5)]
     assert json.loads((tmp_path / "events.jsonl").read_text()) == {"step": 30, "event": "the loss jumps", "to": 10}
     assert "step 30: the loss jumps, to 10" in out.getvalue()
+
+
+def test_a_rank_with_nothing_to_say_has_the_same_calls():
+    with NoLog() as log:
+        assert log.write(1, {"total": 2.0}, clips=3) is None
+        with pytest.raises(AttributeError, match="evaluate"):
+            log.evaluate(1, {})
 
 
 def test_environment_is_an_allow_list(monkeypatch):

@@ -188,7 +188,7 @@ def _missing(package: str) -> str:
 
 
 class NoLog:
-    """Stands for `RunLog` on the ranks that have nothing to say, all but the first: every call does nothing."""
+    """Stands for `RunLog` on the ranks that have nothing to say, all but the first: each of its calls does nothing."""
 
     def __enter__(self) -> NoLog:
         return self
@@ -197,6 +197,7 @@ class NoLog:
         pass
 
     def __getattr__(self, name: str) -> Any:
+        getattr(RunLog, name)  # a name that it has not is an error on every rank
         return lambda *args, **kwargs: None
 
 

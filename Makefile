@@ -49,7 +49,7 @@ ablation: setup
 	$(VENV)/bin/vatt demo-data $(ABLATION)/test --num-train 256 --num-heldout 1 --untold true --seed 1
 	head -n 40 $(ABLATION)/world/train.jsonl > $(ABLATION)/world/labelled.jsonl
 	$(VENV)/bin/vatt ablate benchmarks/ablation.yaml --out $(ABLATION)/cells --data $(ABLATION)/world/train.jsonl \
-		--steps 400 --batch-size 48 --seeds $(SEEDS) --scratch-lrs 0.0005 0.001 0.002 \
+		--seeds $(SEEDS) --scratch-lrs 0.0005 0.001 0.002 \
 		--probes ACTIONS=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \
 		SOUNDS/audio=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \
 		--retrievals CAPTIONS=$(ABLATION)/world/heldout.jsonl

@@ -70,8 +70,9 @@ def make_world(
         directory: an empty or new folder, or a world of the same arguments, which is then completed.
         num_train: training clips, at most 1,000,000; from about 500 on, they show every value of every factor.
         num_heldout: held-out clips, at most 384, or 48 of an untold world.
-        untold: colours and scenes are chance, drawn anew for picture and for sound, and no caption names them. They are
-            what training learns first; here it comes to shapes and motions sooner, and labels alone teach less.
+        untold: colours and scenes are chance that no sound or caption tells; all sounds have one pitch, over silence or
+            a faint whistle. Colours, pitches and scenes are what training learns first, and what few labels teach as
+            well; here it comes to shapes and motions sooner.
         seed: the same seed makes the same clips and captions.
         num_threads: clips made at once; None: one per core.
         progress: called with (clips done, clips in all).
@@ -166,9 +167,9 @@ def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
         options, audio_options = _ENCODERS[path.suffix]
         write_media(
             path,
-            draw_frames(_chosen(clip.combination, rng), take, rng),
+            draw_frames(_seen(clip.combination, rng), take, rng),
             fps=take.fps,
-            waveform=draw_waveform(_chosen(clip.combination, rng), take, rng),
+            waveform=draw_waveform(_heard(clip.combination, rng), take, rng),
             sample_rate=take.sample_rate,
             options=options,
             audio_options=audio_options,
@@ -176,11 +177,16 @@ def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
     return {"path": clip.path, "captions": captions, "label": list(MOTIONS).index(clip.combination.motion)}
 
 
-def _chosen(combination: Combination, rng: Random) -> Combination:
-    """With a colour and a scene, whatever they are."""
+def _seen(combination: Combination, rng: Random) -> Combination:
     if combination.colour != ANY:
         return combination
     return combination._replace(colour=rng.choice(list(COLOURS)), scene=rng.choice(list(SCENES)))
+
+
+def _heard(combination: Combination, rng: Random) -> Combination:
+    if combination.colour != ANY:
+        return combination
+    return combination._replace(colour="green", scene=rng.choice(("night", "grass")))
 
 
 def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:

@@ -148,16 +148,20 @@ def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
     costs = task._costs
 
     def timed(run, cell):
-        return costs(run, cell) | {"clips/s": 30.0 if cell.drop_rate else 20.0}
+        return costs(run, cell) | {"clips/s": 30.0 + cell.seed if cell.drop_rate else 20.0}
 
     monkeypatch.setattr(task, "_costs", timed)
-    values = [row["values"] for row in ablate(options(folder, "time", probes=(), retrievals=()))["rows"]]
+    config = options(folder, "time", probes=(), retrievals=())
+    values = [row["values"] for row in ablate(config)["rows"]]
     assert here == [
         ("drop-0.5-steps-48px-seed0", 4),
         ("drop-0-steps-48px-seed0", 4),
         ("drop-0.5-time-48px-seed0", 6),
     ]
     assert [(row["drop %"], row["budget"], row["steps"]) for row in values[2:]] == [(50, "time", 6), (0, "time", 4)]
+    rows = ablate(dataclasses.replace(config, seeds=2))["rows"]  # the first seed's cells stay what they are
+    assert here[3:] == [(name.replace("seed0", "seed1"), steps) for name, steps in here[:3]]
+    assert [row["values"]["clips/s"] for row in rows] == [30.5, 20.0, 30.5, 20.0]
 
 
 def test_a_cell_goes_on_in_a_process_of_its_own(folder, capfd):

@@ -174,7 +174,7 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     rows = _rows(config, base, cells + baselines)
     rows, compared = rows[: len(cells)], rows[len(cells) :]
     if config.equal_time:
-        speeds = [row["values"]["clips/s"] for row in rows]
+        speeds = [row["seeds"][0]["clips/s"] for row in rows]  # which further seeds leave as they are
         lengths = [round(steps * speed / min(speeds)) for speed in speeds]
         longer = [cell._replace(budget="time", steps=n) for cell, n in zip(cells, lengths) if n != steps]
         trained = iter(_rows(config, base, longer))

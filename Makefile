@@ -47,7 +47,8 @@ ABLATION := runs/ablation
 ablation: setup
 	$(VENV)/bin/vatt demo-data $(ABLATION)/world --num-train 1536 --num-heldout 24 --untold true
 	$(VENV)/bin/vatt demo-data $(ABLATION)/test --num-train 256 --num-heldout 1 --untold true --seed 1
-	head -n 40 $(ABLATION)/world/train.jsonl > $(ABLATION)/world/labelled.jsonl
+	awk 'match($$0, /"label": [0-9]+/) && ++seen[substr($$0, RSTART, RLENGTH)] <= 2' \
+		$(ABLATION)/world/train.jsonl > $(ABLATION)/world/labelled.jsonl
 	$(VENV)/bin/vatt ablate benchmarks/ablation.yaml --out $(ABLATION)/cells --data $(ABLATION)/world/train.jsonl \
 		--seeds $(SEEDS) --scratch-lrs 0.0005 0.001 0.002 \
 		--probes ACTIONS=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \

@@ -63,7 +63,7 @@ def plot_losses(run_dir: str | Path) -> Path | None:
     losses.set_ylabel("loss (nats)")
     losses.set_title(f"Training of {run_dir.name or run_dir.resolve().name}", loc="left")
     if losses.lines:
-        losses.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+        losses.legend(frameon=False, loc="upper right")  # where a loss that falls leaves room
 
     rates.plot(steps, series_of(records, "lr"), color=COLORS[1], **markers_at(steps))
     rates.set_ylabel("learning rate", color=COLORS[1])

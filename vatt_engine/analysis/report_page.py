@@ -27,8 +27,8 @@ td, th {{ padding: .25em .8em; text-align: left; vertical-align: top; border-bot
 td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
 .plots {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; flex: 1 1 380px; max-width: 580px }}
 figure.whole {{ max-width: 100% }} figure img {{ width: 100% }} figcaption {{ color: #6f7680; font-size: .85em }}
-td:first-child {{ min-width: 9em }}
-.clips {{ display: flex; flex-wrap: wrap; gap: 6px; min-width: 304px }} .clip {{ width: 96px; font-size: .8em; color: #6f7680 }}
+.clips {{ display: flex; flex-wrap: wrap; gap: 6px; min-width: 304px }} td:first-child {{ min-width: 9em }}
+.clip {{ width: 96px; font-size: .8em; color: #6f7680 }}
 .clip img {{ width: 90px; border: 3px solid transparent; border-radius: 4px }}
 .right img {{ border-color: #2a8f5a }} .right {{ color: #2a8f5a }}
 </style><title>{title}</title></head><body><h1>{title}</h1>

@@ -186,7 +186,7 @@ def _seen(combination: Combination, rng: Random) -> Combination:
 def _heard(combination: Combination, rng: Random) -> Combination:
     if combination.colour != ANY:
         return combination
-    return combination._replace(colour="green", scene=rng.choice(("night", "grass")))
+    return combination._replace(colour="green", scene=rng.choice(("night", "grass")))  # 600 Hz, hardly any ambience
 
 
 def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:

@@ -211,6 +211,7 @@ def wrapped(model, strategy):
         return run, lambda loss: loss.backward()
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, for inference alone
     zero = {"stage": int(strategy[-1]), "overlap_comm": False, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
     options = {"model": model, "config": config | {"zero_force_ds_cpu_optimizer": False}}

@@ -21,6 +21,7 @@ os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from vatt_engine.interop.deepspeed import read_universal, write_universal
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, for inference alone
 
 def engine(universal):
     torch.manual_seed(0)

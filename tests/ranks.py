@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-_TIMEOUT = 240  # seconds, after which a rank that waits for another is killed
+_TIMEOUT = 540  # seconds, after which a rank that waits for another is killed
 
 
 def run_ranks(target: str, world_size: int, folder: Path) -> list[Any]:

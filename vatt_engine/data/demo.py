@@ -71,8 +71,7 @@ def make_world(
         num_train: training clips, at most 1,000,000; from about 500 on, they show every value of every factor.
         num_heldout: held-out clips, at most 384, or 48 of an untold world.
         untold: colours and scenes are chance that no sound or caption tells; all sounds have one pitch, over silence or
-            a faint whistle. Colours, pitches and scenes are what training learns first, and what few labels teach as
-            well; here it comes to shapes and motions sooner.
+            a whistle. What is left to learn are shapes and motions, timbres and rhythms.
         seed: the same seed makes the same clips and captions.
         num_threads: clips made at once; None: one per core.
         progress: called with (clips done, clips in all).
@@ -186,7 +185,7 @@ def _seen(combination: Combination, rng: Random) -> Combination:
 def _heard(combination: Combination, rng: Random) -> Combination:
     if combination.colour != ANY:
         return combination
-    return combination._replace(colour="green", scene=rng.choice(("night", "grass")))  # 600 Hz, hardly any ambience
+    return combination._replace(colour="green", scene=rng.choice(("night", "grass")))  # 600 Hz; silence or a whistle
 
 
 def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:

@@ -87,23 +87,28 @@ class Run:
         timer.cancel()
         return None if late.is_set() else status, "".join(lines)
 
-    def pytest(self, part: str, *words: str) -> tuple[int | None, str]:
-        return self.execute(part, [sys.executable, "-m", "pytest", "-q", *words])
+    def pytest(self, part: str, *words: str, **environment: str) -> tuple[int | None, str]:
+        return self.execute(part, [sys.executable, "-m", "pytest", "-q", *words], **environment)
 
     # ------------------------------------------------------------------------------------------ parts
 
     def build(self, part: str) -> bool:
-        status, _ = self.execute(part, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+        """For this GPU alone, unless CUDAARCHS asks for others."""
+        command, archs = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], {}
+        if self.device == "cuda" and "CUDAARCHS" not in os.environ:
+            major, minor = torch.cuda.get_device_capability()
+            archs["CUDAARCHS"] = f"{major}{minor}" + "a" * (major == 9)
+        status, _ = self.execute(part, command, **archs)
         return self._judge("build", status)
 
     def test(self) -> None:
         ops, native = TESTS
         here = f"[{self.device} or -{self.device}"  # in the test's parameters; a file's name may hold "cuda" too
-        self._stage("gpu tests", lambda: self.pytest("test", ops, "-k", here))
+        self._stage("gpu tests", lambda: self._tests(ops, "-k", here))
         for tool in SANITIZER_TOOLS if self.device == "cuda" else ():
             self._stage(tool, lambda tool=tool: self._sanitize(tool))
-        self._stage("native tests", lambda: self.pytest("test", native))
-        self._stage("other tests", lambda: self.pytest("test", ops, "-k", f"not ({here})"))
+        self._stage("native tests", lambda: self._tests(native))
+        self._stage("other tests", lambda: self._tests(ops, "-k", f"not ({here})"))
 
     def ops(self) -> None:
         others = {"bench_step.py", "bench_data.py"}
@@ -123,6 +128,11 @@ class Run:
         words += ["-k", self.only] if self.only else []
         status, output = self.pytest(part, *words)
         self._judge(part, None if status == 0 and "no time left" in output else status)
+
+    def _tests(self, *words: str) -> tuple[int | None, str]:
+        """A process per core, where xdist is installed: most of the time goes to the compilation of kernels."""
+        processes = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+        return self.pytest("test", *processes, *words, OMP_NUM_THREADS="1")
 
     def _stage(self, name: str, stage: Callable[[], tuple[int | None, str]]) -> None:
         """Run a stage of the tests unless it passed on these sources, and keep its outcome as a row."""

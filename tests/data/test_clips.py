@@ -55,7 +55,7 @@ def part(film, start, end):
 def test_windows_lie_within_the_part(film, cache):
     reader, starts = ClipReader(replace(CONFIG, cache=cache), WORDS, seed=0, train=True), set()
     for epoch in range(40):
-        row = reader.row(part(film, 1.2, 3.1), epoch)
+        row = reader.rows(part(film, 1.2, 3.1), epoch)[0]
         pictures, sounds = times(row)
         assert pictures[0] >= 1.1  # on screen at 1.2 s; the cache's frames are half a frame off
         assert pictures[-1] <= 3.1
@@ -68,7 +68,7 @@ def test_windows_lie_within_the_part(film, cache):
 
 
 def test_a_short_part_repeats(film):
-    row = ClipReader(CONFIG, WORDS, seed=0, train=True).row(part(film, 2.0, 2.3), 0)
+    row = ClipReader(CONFIG, WORDS, seed=0, train=True).rows(part(film, 2.0, 2.3), 0)[0]
     pictures, sounds = times(row)
     assert pictures == pytest.approx([2.0, 2.1, 2.2, 2.0, 2.1])
     assert torch.allclose(sounds[:1_600], sounds[2_400:], atol=1e-6)
@@ -80,34 +80,34 @@ def test_a_short_part_repeats(film):
 def test_evaluation_spreads_windows_over_the_part(film):
     config = replace(CONFIG, num_windows=3)
     reader = ClipReader(config, WORDS, seed=0, train=False)
-    starts = [times(reader.row(part(film, 1.0, 3.0), 0, window))[0][0] for window in range(3)]
+    starts = [times(reader.rows(part(film, 1.0, 3.0), 0, [window])[0])[0][0] for window in range(3)]
     assert starts == pytest.approx([1.0, 1.7, 2.5], abs=0.06)
 
 
 def test_a_part_beyond_the_file(film):
     reader = ClipReader(CONFIG, WORDS, seed=0, train=True)
     for epoch in range(10):
-        pictures, _ = times(reader.row(part(film, 4.2, 99.0), epoch))
+        pictures, _ = times(reader.rows(part(film, 4.2, 99.0), epoch)[0])
         assert pictures[0] >= 4.19
     with pytest.raises(MediaError, match=r"the sample must begin within the 5\.000 s of the file, got 7\.000 s\."):
-        reader.row(part(film, 7.0, 9.0), 0)
-    open_ended = reader.row(replace(film, start=4.0), 3)
+        reader.rows(part(film, 7.0, 9.0), 0)
+    open_ended = reader.rows(replace(film, start=4.0), 3)[0]
     assert times(open_ended)[0][0] >= 3.99
 
 
 def test_parts_of_a_file_are_cached_once(film, monkeypatch):
     reader = ClipReader(replace(CONFIG, cache="memory"), WORDS, seed=0, train=True)
-    reader.row(part(film, 1.0, 2.0), 0)
+    reader.rows(part(film, 1.0, 2.0), 0)
     monkeypatch.setattr("vatt_engine.data.clips.open_media", None)
-    reader.row(replace(part(film, 2.0, 3.0), index=1), 0)
+    reader.rows(replace(part(film, 2.0, 3.0), index=1), 0)
 
 
 def test_captions_outside_the_part_are_noted(film):
     inside = replace(part(film, 1.0, 2.0), captions=film.captions[1:2])
     reader = ClipReader(CONFIG, WORDS, seed=0, train=False)
-    assert reader.row(inside, 0).note == ""
+    assert reader.rows(inside, 0)[0].note == ""
     note = "captions must lie within the sample's 1.000 to 2.000 s, got 4 outside."
-    assert reader.row(part(film, 1.0, 2.0), 0).note == note
+    assert reader.rows(part(film, 1.0, 2.0), 0)[0].note == note
 
 
 def test_the_size_of_a_file_is_limited(film):
@@ -130,7 +130,7 @@ def test_odd_files_are_noted(tmp_path):
     write_media(tmp_path / "start.mkv", frames, fps=10, start=1.5, **pcm)
     write_media(tmp_path / "plain.mkv", frames, fps=10, **pcm)
     notes = {
-        name: reader.row(Sample(0, 0, tmp_path / f"{name}.mkv"), 0).note for name in ("hole", "early", "start", "plain")
+        name: reader.rows(Sample(0, 0, tmp_path / f"{name}.mkv"), 0)[0].note for name in ("hole", "early", "start", "plain")
     }
     assert notes == {
         "hole": "the video must be whole, got a hole in it.",

@@ -13,6 +13,7 @@ from vatt_engine.data.augment import AugmentConfig, side_crop
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample, sample_id
+from vatt_engine.data.media import Media
 
 SOUND = DataConfig(batch_size=2, num_frames=0, num_samples=4_000, sample_rate=8_000, num_candidates=0, num_threads=1)
 PLAIN = AugmentConfig(crop="none", flip=0.0, color_jitter=0.0, audio_noise=0.0)
@@ -89,8 +90,13 @@ def test_an_image_is_a_clip(tmp_path):
         assert batch.audio is None
 
 
-def test_crops_of_every_window(tmp_path):
-    """Column x of frame t is 4 x + t: views are the windows in order, and of each the start, middle and end."""
+def test_crops_of_every_window(tmp_path, monkeypatch):
+    """Column x of frame t is 4 x + t: views are the windows in order, and of each the start, middle and end.
+
+    A window is decoded once for its crops, the second one twice, since they lie in two batches.
+    """
+    starts, read = [], Media.read
+    monkeypatch.setattr(Media, "read", lambda self, start, **how: starts.append(start) or read(self, start, **how))
     frames = (4 * torch.arange(48)[None] + torch.arange(20)[:, None]).to(torch.uint8)
     frames = frames[:, None, :, None].expand(20, 16, 48, 3)
     write_media(tmp_path / "wide.mkv", frames.contiguous(), fps=10, video_codec="mjpeg", options={"q:v": "1"})
@@ -98,6 +104,7 @@ def test_crops_of_every_window(tmp_path):
     with Loader(samples_of(tmp_path / "wide.mkv"), config, train=False, batch_size=4) as loader:
         assert len(loader) == 2
         video = torch.cat([batch.video for batch in loader]).float()
+    assert sorted(starts) == [0.0, 1.6, 1.6]
     expected = [4 * left + start for start in (0, 16) for left in (0, 16, 32)]
     found = video[:, 0, :, 4].mean((1, 2)) - 4 * 4
     torch.testing.assert_close(found, torch.tensor(expected).float(), atol=3.0, rtol=0)

@@ -45,7 +45,7 @@ import ctypes, os, signal, sys
 from vatt_engine.data import workers
 from vatt_engine.data.clips import ClipReader
 
-def faulty(self, sample, epoch, window=0, decode=ClipReader.decode):
+def faulty(self, sample, epoch, views=(0,), decode=ClipReader.decode):
     kind = sample.path.stem.partition("-")[0]
     if kind == "segfault":
         ctypes.string_at(0)
@@ -59,9 +59,9 @@ def faulty(self, sample, epoch, window=0, decode=ClipReader.decode):
         try:
             sample.path.with_suffix(".died").touch(exist_ok=False)
         except FileExistsError:
-            return decode(self, sample, epoch, window)
+            return decode(self, sample, epoch, views)
         os.kill(os.getpid(), signal.SIGKILL)
-    return decode(self, sample, epoch, window)
+    return decode(self, sample, epoch, views)
 
 ClipReader.decode = faulty
 sys.addaudithook(lambda event, _: os._exit(4) if event.startswith("pickle") else None)
@@ -104,9 +104,11 @@ def reasons(loader):
 
 def test_processes_change_nothing(good):
     assert_same(take(Loader(good, TWO, WORDS, seed=3), 5), take(Loader(good, SMALL, WORDS, seed=3), 5))
-    silent = replace(TWO, num_samples=0, num_windows=3)
-    loaders = [Loader(good, replace(silent, num_workers=n), WORDS, train=False) for n in (1, 0)]
-    assert_same(*(take(loader, 99) for loader in loaders))
+    silent = replace(TWO, num_samples=0, num_windows=3, num_crops=2)
+    dark = replace(TWO, num_frames=0, num_crops=2)
+    for config in (silent, dark):
+        loaders = [Loader(good, replace(config, num_workers=n), WORDS, train=False) for n in (1, 0)]
+        assert_same(*(take(loader, 99) for loader in loaders))
 
 
 def test_each_fault_costs_its_sample(tmp_path, monkeypatch):

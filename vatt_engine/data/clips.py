@@ -21,9 +21,9 @@ from vatt_engine.data.words import Vocabulary
 
 
 class Decoded(NamedTuple):
-    """Picture [T, S, S, 3] uint8 and sound [L] of a row; where it begins and its sample ends, seconds of the file."""
+    """A window: pictures [T, S, S, 3] uint8 of its views, and sound [L]; its start and the sample's end, seconds."""
 
-    video: Tensor | None
+    pictures: list[Tensor | None]
     audio: Tensor | None
     audio_mask: bool
     start: float
@@ -52,7 +52,7 @@ class ClipReader:
         seed: of window and augmentation.
         train: a random, augmented window; else the evenly spaced ones, each with its crops.
 
-    >>> ClipReader(DataConfig(), None, seed=0, train=False).row(sample, epoch=0).video.shape  # doctest: +SKIP
+    >>> ClipReader(DataConfig(), None, seed=0, train=False).rows(sample, 0)[0].video.shape  # doctest: +SKIP
     """
 
     def __init__(self, config: DataConfig, vocabulary: Vocabulary | None, *, seed: int, train: bool):
@@ -61,18 +61,21 @@ class ClipReader:
         self._tracks: dict[Path, Future[Track | str]] = {}  # a str is why the file cannot be used
         self._cached_bytes, self._lock = 0, threading.Lock()
 
-    def row(self, sample: Sample, epoch: int, view: int = 0) -> Row:
-        """One sample, decoded, cut, augmented and encoded; of an evaluation, `view` is window x num_crops + crop.
+    def rows(self, sample: Sample, epoch: int, views: Sequence[int] = (0,)) -> list[Row]:
+        """One sample, decoded, cut, augmented and encoded; an evaluation has a row for each view.
+
+        Args:
+            views: window x num_crops + crop, all of one window, which is decoded once.
 
         Raises:
             MediaError: the file cannot be used.
         """
-        return self.worded(sample, self.decode(sample, epoch, view))
+        return self.worded(sample, self.decode(sample, epoch, views))
 
-    def decode(self, sample: Sample, epoch: int, view: int = 0) -> Decoded:
-        """The row without its words; the window lies within the sample, which repeats where it is shorter."""
+    def decode(self, sample: Sample, epoch: int, views: Sequence[int] = (0,)) -> Decoded:
+        """The rows without their words; the window lies within the sample, which repeats where it is shorter."""
         config, generator = self.config, generator_of(self.seed, epoch, sample.id)
-        window, crop = divmod(view, config.num_crops)
+        window = views[0] // config.num_crops
         source = self._track(sample) if config.cache == "memory" else self._media(sample)
         end = self._end(sample, source)
         if self.train:
@@ -80,19 +83,20 @@ class ClipReader:
         else:
             start = even_windows(end - sample.start, config.clip_seconds, config.num_windows)[window]
         clip = self._clip(source, sample.start + start, None if sample.end is None else end)
-        video = clip.video
-        if video is not None and self.train:
-            video = augment_video(video, config.frame_size, config.augment, generator)
-        elif video is not None:
-            video = side_crop(video, config.frame_size, crop, config.num_crops)
+        pictures: list[Tensor | None] = [None] * len(views)
+        if clip.video is not None and self.train:
+            pictures = [augment_video(clip.video, config.frame_size, config.augment, generator)]
+        elif clip.video is not None:
+            crops = [view % config.num_crops for view in views]
+            pictures = [side_crop(clip.video, config.frame_size, crop, config.num_crops) for crop in crops]
         audio = None
         if config.num_samples:
             audio = torch.zeros(config.num_samples) if clip.audio is None else clip.audio
             audio = augment_audio(audio, config.augment, generator) if self.train else audio
-        return Decoded(video, audio, clip.num_real_samples > 0, clip.start, end, clip.note)
+        return Decoded(pictures, audio, clip.num_real_samples > 0, clip.start, end, clip.note)
 
-    def worded(self, sample: Sample, decoded: Decoded) -> Row:
-        """The row of a decoded sample, with the captions of the sample nearest to its window."""
+    def worded(self, sample: Sample, decoded: Decoded) -> list[Row]:
+        """The rows of a decoded window, with the captions of the sample nearest to it."""
         captions = [c for c in sample.captions if c.start < decoded.end and c.end >= sample.start]
         notes, left_out = [decoded.note] if decoded.note else [], len(sample.captions) - len(captions)
         if left_out and (sample.start, sample.end) == (0, None):
@@ -101,7 +105,8 @@ class ClipReader:
             span = f"{sample.start:.3f} to {decoded.end:.3f} s"
             notes.append(f"captions must lie within the sample's {span}, got {left_out} outside.")
         text, text_mask = self._text(captions, decoded.start)
-        return Row(decoded.video, decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes))
+        rest = (decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes))
+        return [Row(video, *rest) for video in decoded.pictures]
 
     def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
         """Decode the part of a sample that begins at `start`, and forget it: where the next one begins, what was odd.

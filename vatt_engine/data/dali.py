@@ -141,9 +141,9 @@ class DaliReader(ClipReader):
         self.device = torch.device(device)
         self._thread = threading.local()
 
-    def decode(self, sample: Sample, epoch: int, view: int = 0) -> Decoded:
+    def decode(self, sample: Sample, epoch: int, views: Sequence[int] = (0,)) -> Decoded:
         with self._context():
-            return super().decode(sample, epoch, view)
+            return super().decode(sample, epoch, views)
 
     def _media(self, sample: Sample) -> DaliMedia:
         return DaliMedia(sample, self.device)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +30,9 @@ MAX_TRIES = 20  # substitutes for one place of a batch
 
 
 class _Made(NamedTuple):
-    """What became of one place of a batch: a row unless all failed, and (sample, reason, skipped) to report."""
+    """What became of places that share a window: rows unless all failed, and (sample, reason, skipped) to report."""
 
-    row: Row | None
+    rows: list[Row]
     reports: list[tuple[Sample, str, bool]]
 
 
@@ -155,10 +155,12 @@ class Loader:
             self._workers = Workers(self.config, train=self.train) if self.config.num_workers else None
         waiting: deque[tuple[list[Future[_Made]], Step]] = deque()
         steps, num_rows = self._steps(), 0
+        num_crops = 1 if self.train else self.config.num_crops
         try:
             while True:
                 for step in islice(steps, self.config.prefetch + 1 - len(waiting)):
-                    futures = [self._executor.submit(self._make, step.epoch, place) for place in step.places]
+                    shared = groupby(step.places, lambda place: place.position // num_crops)
+                    futures = [self._executor.submit(self._make, step.epoch, list(places)) for _, places in shared]
                     waiting.append((futures, step))
                 if not waiting:
                     break
@@ -187,35 +189,35 @@ class Loader:
             for sample, reason, skipped in one.reports:
                 self.quarantine.add(sample, reason, step.epoch, skipped=skipped)
             bad = sum(skipped for _, _, skipped in one.reports)
-            self.quarantine.count(seen=bad + (one.row is not None), bad=bad)
+            self.quarantine.count(seen=bad + len(one.rows), bad=bad)
             if self.train:
                 self.quarantine.check(self.config.max_bad_fraction)
-                if one.row is None:
+                if not one.rows:
                     text = f"one of {MAX_TRIES} samples in a row must be usable, got none"
                     raise QuarantineError(f"loader: {text}. {self.quarantine.first()}")
         if self.train:
             self.epoch, self.position = step.epoch, step.position
-        return [one.row for one in made if one.row is not None]
+        return [row for one in made for row in one.rows]
 
-    def _make(self, epoch: int, place: Place) -> _Made:
+    def _make(self, epoch: int, places: Sequence[Place]) -> _Made:
         reports: list[tuple[Sample, str, bool]] = []
-        index = place.sample
+        index, views = places[0].sample, [place.view for place in places]
         for attempt in range(MAX_TRIES if self.train else 1):
             if attempt:
-                index = self.order.substitute(epoch, place.position, attempt)
+                index = self.order.substitute(epoch, places[0].position, attempt)
             sample = self.samples[index]
             try:
-                row = self._row(sample, epoch, place.view)
+                rows = self._rows(sample, epoch, views)
             except MediaError as error:
-                reports.append((sample, error.reason, True))
+                reports += [(sample, error.reason, True)] * len(views)
                 continue
-            return _Made(row, [*reports, (sample, row.note, False)] if row.note else reports)
-        return _Made(None, reports)
+            return _Made(rows, reports + [(sample, row.note, False) for row in rows if row.note])
+        return _Made([], reports)
 
-    def _row(self, sample: Sample, epoch: int, view: int) -> Row:
+    def _rows(self, sample: Sample, epoch: int, views: Sequence[int]) -> list[Row]:
         if self._workers is None:
-            return self._reader.row(sample, epoch, view)
-        decoded = self._workers.decode(sample, seed=self.order.seed, epoch=epoch, view=view)
+            return self._reader.rows(sample, epoch, views)
+        decoded = self._workers.decode(sample, seed=self.order.seed, epoch=epoch, views=views)
         return self._reader.worded(sample, decoded)
 
     def _collate(self, rows: list[Row]) -> Batch:

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,7 +48,7 @@ class Workers:
         config: see DataConfig.
         train: see ClipReader.
 
-    >>> Workers(DataConfig(num_workers=2), train=False).decode(sample, seed=0, epoch=0, view=0)  # doctest: +SKIP
+    >>> Workers(DataConfig(num_workers=2), train=False).decode(sample, seed=0, epoch=0, views=[0])  # doctest: +SKIP
     """
 
     def __init__(self, config: DataConfig, *, train: bool):
@@ -63,7 +63,7 @@ class Workers:
         """The processes that are running."""
         return [worker.pid for worker in self._all if worker.pid is not None]
 
-    def decode(self, sample: Sample, *, seed: int, epoch: int, view: int) -> Decoded:
+    def decode(self, sample: Sample, *, seed: int, epoch: int, views: Sequence[int]) -> Decoded:
         """See ClipReader.decode.
 
         Raises:
@@ -71,10 +71,12 @@ class Workers:
             ChildProcessError: no process can be started, or `close` was called meanwhile.
         """
         with self._borrowed() as worker:
-            reply, note = worker.ask(sample, {"seed": seed, "epoch": epoch, "view": view})
-            video, audio = (None if track is None else track.clone() for track in (worker.video, worker.audio))
+            reply, note = worker.ask(sample, {"seed": seed, "epoch": epoch, "views": views})
+            places = [None] * len(views) if worker.pictures is None else worker.pictures[: len(views)]
+            pictures = [None if place is None else place.clone() for place in places]
+            audio = None if worker.audio is None else worker.audio.clone()
             reply["note"] = " ".join(filter(None, (reply["note"], note)))
-            return Decoded(video, audio, **reply)
+            return Decoded(pictures, audio, **reply)
 
     def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
         """See ClipReader.check; errors as `decode`, whose limit of time holds for each part."""
@@ -126,7 +128,7 @@ class _Worker:
         self.socket, theirs = _sockets()
         self.socket.settimeout(self.config.max_decode_seconds)
         memory = os.memfd_create("vatt-worker")
-        self.video, self.audio = _tensors(memory, self.config)
+        self.pictures, self.audio = _tensors(memory, self.config)
         with theirs, open(memory, "rb"):
             self.pid = self.nursery.ask({}, theirs.fileno(), memory)["pid"]
 
@@ -244,12 +246,14 @@ def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor | No
         if "start" in task:
             return dict(zip(("next", "note"), reader.check(sample, task["start"], task["seconds"])))
         reader.seed = task["seed"]
-        decoded = reader.decode(sample, task["epoch"], task["view"])
+        decoded = reader.decode(sample, task["epoch"], task["views"])
     except MediaError as error:
         return {"error": error.reason}
-    for place, value in zip(tensors, (decoded.video, decoded.audio)):
-        if place is not None:
-            place.copy_(value)
+    pictures, audio = tensors
+    for place, picture in zip([] if pictures is None else pictures, decoded.pictures):
+        place.copy_(picture)
+    if audio is not None:
+        audio.copy_(decoded.audio)
     return {name: getattr(decoded, name) for name in ("audio_mask", "start", "end", "note")}
 
 
@@ -269,14 +273,14 @@ def _exchange(channel: socket.socket, message: dict[str, Any], *files: int) -> d
 
 
 def _tensors(memory: int, config: DataConfig) -> tuple[Tensor | None, Tensor | None]:
-    """Picture and sound of one row in shared memory."""
-    size, count = (config.num_frames, config.frame_size, config.frame_size, 3), config.num_samples
+    """Pictures [num_crops, T, S, S, 3] and sound of one window in shared memory."""
+    size, count = (config.num_crops, config.num_frames, config.frame_size, config.frame_size, 3), config.num_samples
     num_bytes = torch.Size(size).numel()
     begin = -(-num_bytes // 4) * 4
     os.ftruncate(memory, begin + 4 * count)
     pages = mmap.mmap(memory, begin + 4 * count)
-    video = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(size) if num_bytes else None
-    return video, torch.frombuffer(pages, dtype=torch.float32, count=count, offset=begin) if count else None
+    pictures = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes).view(size) if num_bytes else None
+    return pictures, torch.frombuffer(pages, dtype=torch.float32, count=count, offset=begin) if count else None
 
 
 def _fields(sample: Sample) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_nce import TEMPERATURE, eager, open_clip
 from vatt_engine import Batch, VATTConfig
+from vatt_engine.analysis.flops import layer_flops
 from vatt_engine.models.config import AudioConfig, PositionConfig, TextConfig, TransformerConfig, VideoConfig
 
 EPS = 1e-6
@@ -265,13 +266,21 @@ def counted_flops(model: PeerVATT, config: VATTConfig, candidates: int) -> float
     return counter.get_total_flops() / clips
 
 
-def wasted_flops(config: VATTConfig) -> int:
-    """What a peer spends per clip, forward and backward, on tokens that it then drops."""
-    total = 0
+def wasted_flops(config: VATTConfig, candidates: int) -> int:
+    """What a peer spends per clip, forward and backward, on what it does not use: tokens that it then drops, and all
+    rows but AGG's in the last layer.
+    """
+    shared = config.shared if config.backbone == "agnostic" else None
+    total, last = 0, [(shared or config.text.transformer, config.text.max_words + 1, candidates)]
     for tower, channels in ((config.video, 3), (config.audio, 1)):
-        dim = config.shared.dim if config.backbone == "agnostic" else tower.transformer.dim
-        dropped = math.prod(tower.grid) - tower.drop_token.num_kept(math.prod(tower.grid))
-        total += dropped * dim * (4 * channels * math.prod(tower.patch) + 6 * dim * tower.pre_projection)
+        transformer, num_tokens = shared or tower.transformer, math.prod(tower.grid)
+        kept = tower.drop_token.num_kept(num_tokens)
+        per_token = 4 * channels * math.prod(tower.patch) + 6 * transformer.dim * tower.pre_projection
+        total += (num_tokens - kept) * transformer.dim * per_token
+        last.append((transformer, kept + 1, 1))
+    for transformer, rows, sequences in last:
+        of_all, of_agg = (sum(layer_flops(transformer, rows, agg_only=only)) for only in (False, True))
+        total += 3 * sequences * (of_all - of_agg)
     return total
 
 

@@ -5,7 +5,7 @@ of width d, inner = heads * head_dim, feed-forward width f, on n tokens,
 
     forward = 2 n (4 d inner) + 4 n^2 inner  (attention)  +  2 n (2 d f)  (MLP)
 
-and 2 K P d for the projection of K kept patches of P values. Backward is twice forward, once where the input needs no
+and, where a model takes AGG alone from the last layer, 2 (4 d inner) + 4 n heads d + 2 (2 d f) there; 2 K P d for the projection of K kept patches of P values. Backward is twice forward, once where the input needs no
 gradient (pixels, samples, frozen word vectors). The loss is left out: under 0.1 % of a step even at 65,536 clips.
 
 The paper's tables: what TensorFlow 1's profiler makes of the official graph. It does not see the product q k^T, which
@@ -142,9 +142,10 @@ def _costs(config: ModelConfig, candidates: int, training: bool) -> Iterator[_Co
     if isinstance(config, EncoderConfig):
         tower = getattr(config, config.modality)
         if config.modality == "text":
-            yield from _text(tower, None, 1)
+            yield from _text(tower, None, 1, agg_only=False)
         else:
-            yield from _patches(config.modality, tower, tower.transformer, config.modality, training)
+            pooled = {"agg_only": bool(config.num_classes)}
+            yield from _patches(config.modality, tower, tower.transformer, config.modality, training, **pooled)
             if config.num_classes:
                 yield _Cost("all heads", 2 * (tower.post_projection or tower.transformer.dim) * config.num_classes)
         return
@@ -152,9 +153,9 @@ def _costs(config: ModelConfig, candidates: int, training: bool) -> Iterator[_Co
     widths = []
     for modality, tower in (("video", config.video), ("audio", config.audio)):
         transformer, label = (shared, "shared") if shared else (tower.transformer, modality)
-        yield from _patches(modality, tower, transformer, label, training)
+        yield from _patches(modality, tower, transformer, label, training, agg_only=True)
         widths.append(tower.post_projection or transformer.dim)
-    yield from _text(config.text, shared, candidates)
+    yield from _text(config.text, shared, candidates, agg_only=True)
     if shared:
         for modality, rows in (("video", 1), ("audio", 1), ("text", candidates)):
             yield _Cost(f"{modality} projection", 2 * rows * shared.dim * config.shared_projection)
@@ -165,7 +166,13 @@ def _costs(config: ModelConfig, candidates: int, training: bool) -> Iterator[_Co
 
 
 def _patches(
-    modality: str, tower: VideoConfig | AudioConfig, transformer: TransformerConfig, label: str, training: bool
+    modality: str,
+    tower: VideoConfig | AudioConfig,
+    transformer: TransformerConfig,
+    label: str,
+    training: bool,
+    *,
+    agg_only: bool,
 ) -> Iterator[_Cost]:
     """Stem, transformer and projection of one clip's picture or sound."""
     dim, total = transformer.dim, math.prod(tower.grid)
@@ -175,9 +182,10 @@ def _patches(
     if tower.pre_projection:
         yield _Cost(f"{modality} stem", 2 * kept * dim * dim)
     tokens = layer_tokens(tower, transformer, training)
-    yield from _transformer(label, transformer, tokens)
+    yield from _transformer(label, transformer, tokens, agg_only=agg_only)
     if label == modality and tower.post_projection:
-        yield _Cost(f"{modality} projection", 2 * tokens[-1] * dim * tower.post_projection)
+        rows = 1 if agg_only else tokens[-1]
+        yield _Cost(f"{modality} projection", 2 * rows * dim * tower.post_projection)
 
 
 def layer_tokens(tower: VideoConfig | AudioConfig, transformer: TransformerConfig, training: bool) -> list[int]:
@@ -190,7 +198,9 @@ def layer_tokens(tower: VideoConfig | AudioConfig, transformer: TransformerConfi
     return tokens
 
 
-def _text(config: TextConfig, shared: TransformerConfig | None, sentences: int) -> Iterator[_Cost]:
+def _text(
+    config: TextConfig, shared: TransformerConfig | None, sentences: int, *, agg_only: bool
+) -> Iterator[_Cost]:
     """Stem and transformer of the sentences of one clip."""
     frozen = 1 if config.freeze_embedding else 2
     if shared is None and config.encoder == "linear":
@@ -202,17 +212,34 @@ def _text(config: TextConfig, shared: TransformerConfig | None, sentences: int) 
         yield _Cost("text stem", config.max_words * per_row, frozen, paper=config.max_words * per_row)
     elif config.style == "code":  # AGG goes through the projection too, so that its input always needs a gradient
         yield _Cost("text stem", n * per_row, paper=n * per_row)
-    yield from _transformer("shared" if shared else "text", transformer, [n] * transformer.num_layers, sentences)
+    tokens = [n] * transformer.num_layers
+    yield from _transformer("shared" if shared else "text", transformer, tokens, sentences, agg_only=agg_only)
 
 
-def _transformer(label: str, config: TransformerConfig, tokens: Sequence[int], sequences: int = 1) -> Iterator[_Cost]:
+def _transformer(
+    label: str, config: TransformerConfig, tokens: Sequence[int], sequences: int = 1, *, agg_only: bool
+) -> Iterator[_Cost]:
     """The blocks over `tokens` per layer, AGG included."""
     d, heads, inner = config.dim, config.num_heads, config.num_heads * config.head_dim
     rows, pairs = sequences * sum(tokens), sequences * sum(n * n for n in tokens)
-    linear, mlp = 2 * rows * 4 * d * inner, 2 * rows * 2 * d * config.ff_dim
-    yield _Cost(f"{label} attention", linear + 4 * pairs * inner, paper=linear + 2 * pairs * d + 6 * heads * pairs)
-    yield _Cost(f"{label} MLP", mlp, paper=mlp)
+    layers = [layer_flops(config, n, agg_only=agg_only and i == len(tokens) - 1) for i, n in enumerate(tokens)]
+    attention, mlp = (sequences * sum(part) for part in zip(*layers))
+    linear = 2 * rows * 4 * d * inner
+    yield _Cost(f"{label} attention", attention, paper=linear + 2 * pairs * d + 6 * heads * pairs)
+    yield _Cost(f"{label} MLP", mlp, paper=2 * rows * 2 * d * config.ff_dim)
     yield _Cost(f"{label} norms", 0, paper=24 * rows * d)
+
+
+def layer_flops(config: TransformerConfig, tokens: int, *, agg_only: bool = False) -> tuple[int, int]:
+    """Forward FLOPs of one layer on one sequence, attention and MLP; with agg_only of all that AGG's row needs.
+
+    >>> layer_flops(TransformerConfig(dim=2, ff_dim=3, num_heads=1, head_dim=2), 10)
+    (1120, 240)
+    """
+    d, inner = config.dim, config.num_heads * config.head_dim
+    rows = 1 if agg_only else tokens
+    pairs = tokens * config.num_heads * d if agg_only else tokens**2 * inner
+    return 2 * rows * 4 * d * inner + 4 * pairs, 2 * rows * 2 * d * config.ff_dim
 
 
 def _head_flops(config: HeadConfig, widths: Sequence[int], candidates: int) -> int:

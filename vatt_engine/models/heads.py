@@ -131,12 +131,12 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, *, seed: int | None = None, sample_id: Tensor | None = None) -> Tensor:
         """A raw signal -> logits [B, num_classes]."""
-        return self.heads(self.encoder(x, seed=seed, sample_id=sample_id)[:, 0])
+        return self.heads(self.encoder(x, seed=seed, sample_id=sample_id, agg_only=True)[:, 0])
 
     def features(self, batch: Batch, *, seed: int | Tensor | None = None) -> dict[str, Tensor]:
         """What `heads` takes, of the batch's signal of `config.modality`; no row depends on another."""
         signal = getattr(batch, self.config.modality)
-        return {"pooled": self.encoder(signal, seed=seed, sample_id=batch.sample_id)[:, 0]}
+        return {"pooled": self.encoder(signal, seed=seed, sample_id=batch.sample_id, agg_only=True)[:, 0]}
 
     def heads(self, pooled: Tensor) -> Tensor:
         """Pooled features [B, D] -> logits [B, num_classes]."""

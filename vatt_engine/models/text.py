@@ -97,13 +97,13 @@ class TextEncoder(nn.Module):
         self.transformer = Transformer(config.transformer, attention_norm=rms_norm, scale=1.0, **feed_forward)
         self.out_dim = dim
 
-    def forward(self, words: Tensor) -> Tensor:
-        """Word ids [S, W] -> sentence and words [S, 1 + W, D], the sentence at 0."""
+    def forward(self, words: Tensor, *, agg_only: bool = False) -> Tensor:
+        """Word ids [S, W] -> sentence and words [S, 1 + W, D], the sentence at 0; with agg_only that alone."""
         x = prepend(self.agg, self.embedding(words))
         x = self.dropout(x if self.pre_projection is None else F.gelu(self.pre_projection(x)))
         bias = self.relative_bias(x.shape[1])
         biases = [bias] * self.num_biased + [None] * (self.num_layers - self.num_biased)
-        return self.transformer(x, biases=biases, key_mask=word_mask(words))
+        return self.transformer(x, biases=biases, key_mask=word_mask(words), agg_only=agg_only)
 
 
 class LinearTextEncoder(nn.Module):
@@ -115,10 +115,11 @@ class LinearTextEncoder(nn.Module):
         self.projection = init.linear(config.embedding_dim, config.linear_dim)
         self.out_dim = config.linear_dim
 
-    def forward(self, words: Tensor) -> Tensor:
-        """Word ids [S, W] -> sentence and words [S, 1 + W, D], the sentence at 0."""
+    def forward(self, words: Tensor, *, agg_only: bool = False) -> Tensor:
+        """Word ids [S, W] -> sentence and words [S, 1 + W, D], the sentence at 0; with agg_only that alone."""
         features = F.relu(self.projection(self.embedding(words)))
-        return torch.cat([features.amax(1, keepdim=True), features], dim=1)
+        sentence = features.amax(1, keepdim=True)
+        return sentence if agg_only else torch.cat([sentence, features], dim=1)
 
 
 class WordStem(nn.Module):

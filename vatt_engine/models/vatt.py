@@ -31,10 +31,15 @@ class PatchEncoder(nn.Module):
         self.post_projection = init.linear(dim, config.post_projection) if config.post_projection else None
         self.out_dim = config.post_projection or dim
 
-    def forward(self, x: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None) -> Tensor:
-        """A raw signal (video [B, T, H, W, 3], wave [B, L]) -> tokens [B, 1 + K, D], the pooled AGG at 0."""
-        ids = self.stem.drawn_by(x, sample_id)
-        x = self.transformer.forward_dropping(self.stem(x, seed=seed, sample_id=sample_id), seed=seed, sample_id=ids)
+    def forward(
+        self, x: Tensor, *, seed: Seed = None, sample_id: Tensor | None = None, agg_only: bool = False
+    ) -> Tensor:
+        """A raw signal (video [B, T, H, W, 3], wave [B, L]) -> tokens [B, 1 + K, D], the pooled AGG at 0.
+
+        With agg_only [B, 1, D]: what only the other tokens need is not computed.
+        """
+        tokens, ids = self.stem(x, seed=seed, sample_id=sample_id), self.stem.drawn_by(x, sample_id)
+        x = self.transformer.forward_dropping(tokens, seed=seed, sample_id=ids, agg_only=agg_only)
         return x if self.post_projection is None else F.gelu(self.post_projection(x))
 
 
@@ -83,18 +88,20 @@ class AgnosticBackbone(nn.Module):
         if packed:
             rows = self._encode_packed(signals, seeds, sample_id)
         else:
-            rows = {m: self._encode(m, x, seeds.get(m), sample_id)[:, 0] for m, x in signals.items()}
+            rows = {m: self._encode(m, x, seeds.get(m), sample_id, agg_only=True)[:, 0] for m, x in signals.items()}
         return {m: self._project(m, x) for m, x in rows.items()}
 
     def _project(self, modality: str, x: Tensor) -> Tensor:
         return F.gelu(self.post_projections[modality](x))
 
-    def _encode(self, modality: str, x: Tensor, seed: Seed, sample_id: Tensor | None) -> Tensor:
+    def _encode(
+        self, modality: str, x: Tensor, seed: Seed, sample_id: Tensor | None, *, agg_only: bool = False
+    ) -> Tensor:
         if modality == "text":
-            return self.transformer(self.stems[modality](x), key_mask=word_mask(x))
+            return self.transformer(self.stems[modality](x), key_mask=word_mask(x), agg_only=agg_only)
         stem = self.stems[modality]
-        tokens = stem(x, seed=seed, sample_id=sample_id)
-        return self.transformer.forward_dropping(tokens, seed=seed, sample_id=stem.drawn_by(x, sample_id))
+        tokens, ids = stem(x, seed=seed, sample_id=sample_id), stem.drawn_by(x, sample_id)
+        return self.transformer.forward_dropping(tokens, seed=seed, sample_id=ids, agg_only=agg_only)
 
     def _encode_packed(
         self, signals: dict[str, Tensor], seeds: dict[str, Seed], sample_id: Tensor | None
@@ -107,10 +114,12 @@ class AgnosticBackbone(nn.Module):
             batch, length, _ = tokens[modality].shape
             starts += [starts[-1] + n * length for n in range(1, batch + 1)]
         x = torch.cat([x.flatten(0, 1) for x in tokens.values()])[None]
-        key_mask = word_mask(signals["text"]).view(1, -1) if "text" in signals else None
-        x = self.transformer(x, key_mask=key_mask, cu_seqlens=starts)[0]
-        parts = x.split([y.shape[0] * y.shape[1] for y in tokens.values()])
-        return {m: part.view(y.shape)[:, 0] for part, (m, y) in zip(parts, tokens.items())}
+        mask = word_mask(signals["text"]) if "text" in signals else None
+        x = self.transformer.trunk(x, key_mask=None if mask is None else mask.view(1, -1), cu_seqlens=starts)[0]
+        rows = {}
+        for part, (m, y) in zip(x.split([y.shape[0] * y.shape[1] for y in tokens.values()]), tokens.items()):
+            rows[m] = self.transformer.last(part.view(y.shape), None, mask if m == "text" else None, None, True)[:, 0]
+        return rows
 
 
 class VATT(nn.Module):
@@ -159,7 +168,7 @@ class VATT(nn.Module):
         if self.config.backbone == "agnostic":
             return self.backbone.pooled({modality: x}, seeds={modality: seed}, sample_id=sample_id)[modality]
         drop = {} if modality == "text" else {"seed": seed, "sample_id": sample_id}
-        return getattr(self, modality)(x, **drop)[:, 0]
+        return getattr(self, modality)(x, agg_only=True, **drop)[:, 0]
 
     def forward(self, batch: Batch, *, seed: Seed = None) -> Embeddings:
         """Embed a batch into the common spaces: `heads(**features(batch, seed=seed))`.

@@ -154,7 +154,8 @@ class Features:
             data = dataclasses.replace(self.data, num_windows=num_windows)
             with build_loader(missing, data, device=self.device, train=False) as loader:
                 for batch in loader:
-                    pooled = self.encoder(getattr(batch.to(self.device), self.modality))[:, 0].float().cpu()
+                    signal = getattr(batch.to(self.device), self.modality)
+                    pooled = self.encoder(signal, agg_only=True)[:, 0].float().cpu()
                     for sample_id, row in zip(batch.sample_id.tolist(), pooled):
                         self.rows.setdefault(keys[sample_id], []).append(row)
         for sample in missing:

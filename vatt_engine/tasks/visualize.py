@@ -165,6 +165,13 @@ def pooled(model: VATT, modality: str, signals: Tensor) -> Tensor:
     return getattr(model, f"encode_{modality}")(signals)
 
 
+def every_token(model: VATT, modality: str, signals: Tensor) -> Tensor:
+    """[B, N, D] of the last layer, which `pooled` computes for AGG alone."""
+    if model.config.backbone == "agnostic":
+        return model.backbone(modality, signals)
+    return getattr(model, modality)(signals)
+
+
 def common(model: VATT, modality: str, signals: Tensor) -> Tensor:
     return common_space(model, modality, pooled(model, modality, signals))
 
@@ -224,7 +231,7 @@ def _activation(config: VisualizeConfig, samples: Sequence[Sample], path: Path) 
 
         def watched(model: VATT, modality: str, signals: Tensor, means: MeanActivation = means) -> Tensor:
             with means.watch(model, modality, signals):
-                return pooled(model, modality, signals)
+                return every_token(model, modality, signals)[:, 0]
 
         embed(run, watched)
         for modality, values in means.layers.items():

@@ -130,7 +130,8 @@ def test_odd_files_are_noted(tmp_path):
     write_media(tmp_path / "start.mkv", frames, fps=10, start=1.5, **pcm)
     write_media(tmp_path / "plain.mkv", frames, fps=10, **pcm)
     notes = {
-        name: reader.rows(Sample(0, 0, tmp_path / f"{name}.mkv"), 0)[0].note for name in ("hole", "early", "start", "plain")
+        name: reader.rows(Sample(0, 0, tmp_path / f"{name}.mkv"), 0)[0].note
+        for name in ("hole", "early", "start", "plain")
     }
     assert notes == {
         "hole": "the video must be whole, got a hole in it.",

@@ -5,7 +5,8 @@ of width d, inner = heads * head_dim, feed-forward width f, on n tokens,
 
     forward = 2 n (4 d inner) + 4 n^2 inner  (attention)  +  2 n (2 d f)  (MLP)
 
-and, where a model takes AGG alone from the last layer, 2 (4 d inner) + 4 n heads d + 2 (2 d f) there; 2 K P d for the projection of K kept patches of P values. Backward is twice forward, once where the input needs no
+and, where a model takes AGG alone from the last layer, 2 (4 d inner) + 4 n heads d + 2 (2 d f) there;
+2 K P d for the projection of K kept patches of P values. Backward is twice forward, once where the input needs no
 gradient (pixels, samples, frozen word vectors). The loss is left out: under 0.1 % of a step even at 65,536 clips.
 
 The paper's tables: what TensorFlow 1's profiler makes of the official graph. It does not see the product q k^T, which
@@ -198,9 +199,7 @@ def layer_tokens(tower: VideoConfig | AudioConfig, transformer: TransformerConfi
     return tokens
 
 
-def _text(
-    config: TextConfig, shared: TransformerConfig | None, sentences: int, *, agg_only: bool
-) -> Iterator[_Cost]:
+def _text(config: TextConfig, shared: TransformerConfig | None, sentences: int, *, agg_only: bool) -> Iterator[_Cost]:
     """Stem and transformer of the sentences of one clip."""
     frozen = 1 if config.freeze_embedding else 2
     if shared is None and config.encoder == "linear":

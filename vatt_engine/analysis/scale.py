@@ -134,12 +134,22 @@ def activation_bytes(
         norm = 4 * d + 8  # input, mean and deviation
         row = 2 * norm + wide * (2 * d + 4 * inner + 2 * transformer.ff_dim) + 4 * transformer.num_heads
         row += (2 * d + transformer.ff_dim) * (transformer.dropout > 0)  # masks
-        layers = [sequences * n * row for n in tokens]
+        layers = [sequences * n * row for n in tokens[:-1]]
+        layers.append(sequences * _last_layer_bytes(transformer, tokens[-1], norm, wide))
         largest = max(largest, *layers)
         total += sequences * sum(tokens) * 4 * d if checkpointing else sum(layers)
-        last = norm + d * (transformer.dropout > 0) + 4 * d * (wide == 4)  # heads keep AGG: a view of all, or a cast
-        total += sequences * (tokens[-1] * last + tokens[0] * wide * stem)
+        last = norm + d * (transformer.dropout > 0) + 4 * d * (wide == 4)  # heads keep AGG, or a cast of it
+        total += sequences * (last + tokens[0] * wide * stem)
     return total + (largest if checkpointing else 0)
+
+
+def _last_layer_bytes(transformer: TransformerConfig, tokens: int, norm: int, wide: int) -> int:
+    """Of one sequence: of all tokens their norm and AGG's probabilities, the rest of AGG alone."""
+    d, heads, inner = transformer.dim, transformer.num_heads, transformer.num_heads * transformer.head_dim
+    drops = transformer.dropout > 0
+    of_token = norm + wide * d + heads * (4 + wide * (wide == 2) + drops)
+    of_agg = norm + wide * (d + 2 * inner + 2 * heads * d + 2 * transformer.ff_dim) + 4 * heads
+    return tokens * of_token + of_agg + (2 * d + transformer.ff_dim) * drops
 
 
 def _sequences(config: VATTConfig, candidates: int) -> Iterator[tuple[TransformerConfig, list[int], int, int]]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import AudioConfig, DropTokenConfig, PatchInit, PositionConfig, VideoConfig
+from vatt_engine.models.dropout import Dropout
 from vatt_engine.models.spectrogram import mel_spectrogram
 from vatt_engine.models.transformer import Seed, layer_norm
 
@@ -205,7 +206,7 @@ class PatchStem(nn.Module):
         self.patch = patches(config, dim)
         self.pre_projection = init.linear(dim, dim) if config.pre_projection else None
         self.position = PositionEmbedding(config.grid, dim, config.position, axes_reversed=reversed_axes)
-        self.dropout = nn.Dropout(config.position.dropout)
+        self.dropout = Dropout(config.position.dropout)
         self.agg = init.agg_token(dim)
         self.drop_token: DropTokenConfig = config.drop_token
         self.num_buckets = torch.Size(config.grid).numel()

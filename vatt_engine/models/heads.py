@@ -12,6 +12,7 @@ from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_reduce_sum
 from vatt_engine.models import init
 from vatt_engine.models.config import HeadConfig
+from vatt_engine.models.dropout import Dropout
 
 
 class SyncBatchNorm(nn.Module):
@@ -122,7 +123,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, num_classes: int, dropout: float, *, multi_label: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = init.linear(encoder.out_dim, num_classes)
         if multi_label:
             nn.init.constant_(self.head.bias, -math.log(max(1, num_classes - 1)))

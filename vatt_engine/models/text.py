@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vatt_engine.models import init
 from vatt_engine.models.config import TextConfig
+from vatt_engine.models.dropout import Dropout
 from vatt_engine.models.embeddings import PositionEmbedding, prepend
 from vatt_engine.models.transformer import Transformer, rms_norm
 
@@ -92,7 +93,7 @@ class TextEncoder(nn.Module):
         self.agg = init.agg_token(config.embedding_dim)
         self.pre_projection = None if t5 else init.linear(config.embedding_dim, dim, bias=False)
         self.relative_bias = RelativeBias(config)
-        self.dropout = nn.Dropout(config.transformer.dropout)
+        self.dropout = Dropout(config.transformer.dropout)
         feed_forward = {"ff_norm": rms_norm, "activation": F.relu} if t5 else {}
         self.transformer = Transformer(config.transformer, attention_norm=rms_norm, scale=1.0, **feed_forward)
         self.out_dim = dim
@@ -130,7 +131,7 @@ class WordStem(nn.Module):
         self.embedding = WordEmbedding(config)
         self.pre_projection = init.linear(config.embedding_dim, dim)
         self.position = PositionEmbedding((config.max_words,), dim, config.position)
-        self.dropout = nn.Dropout(config.position.dropout)
+        self.dropout = Dropout(config.position.dropout)
         self.agg = init.agg_token(dim)
 
     def forward(self, words: Tensor) -> Tensor:

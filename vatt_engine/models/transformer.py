@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import TransformerConfig
+from vatt_engine.models.dropout import Dropout
 
 Norm = Callable[[int, float], nn.Module]
 Seed = int | Tensor | None  # of DropToken; a tensor is int64 of one element; None draws one from torch's generator
@@ -61,6 +62,8 @@ class QKV(nn.Linear):
         if agg is None:
             return super().forward(x)
         bias, key_mask, dropout_p, scale = agg
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once for both products
         w_q, w_k, w_v = self.weight.unflatten(0, (3, self.num_heads, self.head_dim))
         b_q, _, b_v = (None, None, None) if self.bias is None else self.bias.view(3, -1)
         q = F.linear(x[:, 0], w_q.flatten(0, 1), b_q).unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # [H, B, D]
@@ -136,7 +139,7 @@ class Block(nn.Module):
         self.activation = activation
         self.ff_in = init.linear(config.dim, config.ff_dim, bias=config.bias)
         self.ff_out = init.linear(config.ff_dim, config.dim, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -176,7 +179,7 @@ class Transformer(nn.Module):
             Block(config, attention_norm=attention_norm, **options) for _ in range(config.num_layers)
         )
         self.final_norm = attention_norm(config.dim, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -215,9 +218,7 @@ class Transformer(nn.Module):
         """The last layer, with a block's arguments, and the norm behind it."""
         return self.dropout(self.final_norm(self._through(self.layers[-1], x, *args)))
 
-    def forward_dropping(
-        self, x: Tensor, *, seed: Seed, sample_id: Tensor | None, agg_only: bool = False
-    ) -> Tensor:
+    def forward_dropping(self, x: Tensor, *, seed: Seed, sample_id: Tensor | None, agg_only: bool = False) -> Tensor:
         """`forward` with progressive DropToken in training: [B, N, D] -> [B, K, D] or, agg_only, [B, 1, D], AGG at 0.
 
         A layer's tokens are gathered before it: its projections then see no others, which costs less than to have

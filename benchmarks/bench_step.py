@@ -21,7 +21,6 @@ from vatt_engine import Batch, VATTLoss
 from vatt_engine.analysis.flops import step_flops
 from vatt_engine.engine import Engine, EngineConfig, OptimConfig, ScheduleConfig
 from vatt_engine.models import build_model, model_config
-from vatt_engine.models.transformer import Block
 from vatt_engine.testing import randn
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # bf16: autocast, weights and optimizer in float32
@@ -62,13 +61,10 @@ class StepLoss(VATTLoss):
         return super().forward(embeddings)
 
 
-def engine(shape, dtype, device, *, compiled=False):
+def engine(shape, dtype, device, *, compiled="off"):
     torch.manual_seed(0)
     model = build_model(config_of(shape))
-    for block in model.modules() if compiled else ():
-        if isinstance(block, Block):  # all layers of a tower share what is compiled; the whole model takes minutes
-            block.compile(dynamic=False)
-    config = EngineConfig(precision=PRECISION[dtype], device=device)
+    config = EngineConfig(precision=PRECISION[dtype], device=device, compile=compiled)
     return Engine(model, StepLoss(), config, OptimConfig(), ScheduleConfig())
 
 
@@ -264,7 +260,7 @@ STEPPERS = {
     "plain compiled": functools.partial(peer, compiled=True),
     **({"hf": functools.partial(peer, hf=True)} if peers.HAS_HF else {}),
     OURS: engine,
-    "ours, blocks compiled": functools.partial(engine, compiled=True),
+    "ours, layers compiled": functools.partial(engine, compiled="layers"),
 }
 RIVALS = {name: provider(name) for name in STEPPERS}
 BENCH = Bench(

@@ -73,9 +73,14 @@ def native_missing(*, cuda: bool = False) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_missing() -> str | None:
     """The reason no Triton kernel can run, or None."""
+    return _triton_missing()
+
+
+@functools.cache
+def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"

@@ -36,6 +36,10 @@ class Net(nn.Module):
     def heads(self, x: Tensor, absent: None) -> Tensor:
         return self.norm(x)
 
+    def compile_layers(self) -> None:
+        self.first.compile()
+        self.second.compile()
+
 
 class Graph(torch.autograd.Function):
     """`second(tanh(first(x)))` as a CUDA graph gives it: the same memory for outputs and gradients at each replay."""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
-Compile = Literal["off", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
+Compile = Literal["off", "layers", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -26,8 +26,9 @@ class EngineConfig:
             several ddp, or zero2 from 300 million trainable parameters where it can be.
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones by its mode, or "off". "reduce-overhead" replays them as CUDA graphs, on
-            a GPU, and needs single or ddp; the others are not for zero3.
+        compile: torch.compile of the backbones by its mode; "layers" of every layer by itself, which compiles faster
+            since layers of the same sizes share what is made; or "off". "reduce-overhead" replays the backbones as CUDA
+            graphs, on a GPU, and needs single or ddp; the others are not for zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32); "auto" is
             the one that the device is faster at, see `preferred_precision`.
         halve_on_oom: where a GPU's memory does not hold a part of the batch, go on with parts of half the size (on

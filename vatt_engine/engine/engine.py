@@ -100,7 +100,11 @@ class Engine:
                 f"Engine: module must {wanted}, got a {type(module).__name__}. Set engine.accumulate to 1."
             )
         if config.checkpoint_activations:
-            _checkpoint_activations(module)
+            for part in _able(module, "checkpoint_activations", "checkpoint its activations"):
+                part.checkpoint_activations = True
+        if config.compile == "layers":
+            for part in _able(module, "compile_layers", "compile its layers"):
+                part.compile_layers()
         self.strategy_name = _strategy_name(self.trained, config, optim)
         self.strategy = _strategy(self.strategy_name, self.trained, config, optim)
         self.finished = 0  # steps
@@ -298,14 +302,13 @@ def _strategy(name: str, trained: Trained, config: EngineConfig, optim: OptimCon
     return DDP(trained, optim) if name == "ddp" else Single(trained, optim)
 
 
-def _checkpoint_activations(module: nn.Module) -> None:
-    """Ask every part that can."""
-    able = [part for part in module.modules() if hasattr(part, "checkpoint_activations")]
+def _able(module: nn.Module, name: str, what: str) -> list[nn.Module]:
+    """Every part that can do what is asked, which it says by having the attribute."""
+    able = [part for part in module.modules() if hasattr(part, name)]
     if not able:
-        wanted = "have a part that can checkpoint its activations"
-        raise ValueError(f"Engine: module must {wanted}, got none. Set engine.checkpoint_activations to false.")
-    for part in able:
-        part.checkpoint_activations = True
+        setting = "checkpoint_activations to false" if name == "checkpoint_activations" else "compile to another mode"
+        raise ValueError(f"Engine: module must have a part that can {what}, got none. Set engine.{setting}.")
+    return able
 
 
 def _joined(parts: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:

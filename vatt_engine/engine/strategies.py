@@ -30,8 +30,9 @@ class Trained(nn.Module):
             depends on another, and `heads(**features)` it can be trained part by part.
         loss: called as `loss(outputs, batch)`; a module's parameters are trained too.
         autocast: run the module, and not the loss, in bfloat16 where that is safe.
-        compiled: mode to compile the features in (the heads talk to other ranks), or "off". Under "reduce-overhead" a
-            call writes features, and its backward pass gradients, into the same memory as the call before.
+        compiled: mode to compile the features in (the heads talk to other ranks), or "off", or "layers" where the
+            module's parts were told to compile themselves. Under "reduce-overhead" a call writes features, and its
+            backward pass gradients, into the same memory as the call before.
     """
 
     def __init__(self, module: nn.Module, loss: Callable[..., Any], *, autocast: bool, compiled: str):
@@ -41,7 +42,7 @@ class Trained(nn.Module):
         self.splits = hasattr(module, "features") and hasattr(module, "heads")
         self.compute = module.features if self.splits else module.__call__
         self.replays = compiled == "reduce-overhead"
-        if compiled != "off":
+        if compiled not in ("off", "layers"):
             self.compute = torch.compile(self.compute, mode=compiled)
 
     def forward(self, part: str, *args: Any) -> Any:

@@ -201,6 +201,13 @@ class Transformer(nn.Module):
         x = self.trunk(x, biases=biases, key_mask=key_mask, cu_seqlens=cu_seqlens)
         return self.last(x, None if biases is None else biases[-1], key_mask, cu_seqlens, agg_only)
 
+    def compile_layers(self) -> None:
+        """torch.compile of every layer by itself; layers of the same sizes share what is made."""
+        # A shape of its own for each modality, for the last layer, and for all of these without gradients.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
     def trunk(
         self,
         x: Tensor,

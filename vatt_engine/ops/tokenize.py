@@ -211,7 +211,7 @@ def _fwd_fake(
 ) -> Tensor:
     kept = _num_tokens(video.shape[1], size, patch) if keep is None else keep.shape[-1]
     out_dtype = dtype if pos is None else torch.promote_types(dtype, pos.dtype)
-    return video.new_empty(video.shape[0], kept + (agg is not None), weight.shape[0], dtype=out_dtype)
+    return video.new_empty(video.shape[0], kept + int(agg is not None), weight.shape[0], dtype=out_dtype)
 
 
 def _bwd_fake(
@@ -244,7 +244,7 @@ def _fwd_flops(
     out_shape: torch.Size,
 ) -> int:
     batch, rows, _dim = out_shape
-    return 2 * batch * (rows - (agg is not None)) * weight.numel()
+    return 2 * batch * (rows - int(agg is not None)) * weight.numel()
 
 
 def _bwd_flops(grad: torch.Size, *rest: object, out_shape: tuple[torch.Size, ...]) -> int:

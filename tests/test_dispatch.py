@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vatt_engine import dispatch
-from vatt_engine.dispatch import Impl, available_impls, define_choice, define_op, list_ops, unmeasured_impls, use_impl
+from vatt_engine.dispatch import Impl, available_impls, define_choice, define_op, list_ops, use_impl
 
 double = define_op(
     "toy",
@@ -15,7 +15,7 @@ double = define_op(
     flops=lambda x, out_shape: x.numel(),
     impls=[
         Impl("absent", "cpu", "no_such_module:function", missing=lambda: "it is not built"),
-        Impl("cuda", "cuda", "no_such_module:function", unmeasured=True),
+        Impl("cuda", "cuda", "no_such_module:function"),
         Impl("small", "any", lambda x: 2 * x, refuses=lambda x: "more than 4 values" if x.numel() > 4 else None),
         Impl("reference", "any", lambda x: x + x),
     ],
@@ -92,7 +92,6 @@ def test_reasons_are_listed():
         "small": None,
         "reference": None,
     }
-    assert unmeasured_impls("toy") == {"cuda"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

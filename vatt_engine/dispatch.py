@@ -39,7 +39,6 @@ class Impl:
         target: the function, or "module:function" imported on its first call.
         missing: () -> the reason it can never run on this machine ("not built"), or None.
         refuses: (*op arguments) -> the reason it cannot run on these, or None.
-        unmeasured: nobody has timed it on its device yet; such a one ranks below the library's.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Impl:
     target: str | Callable[..., Any]
     missing: Callable[[], str | None] = _always
     refuses: Callable[..., str | None] = _always
-    unmeasured: bool = False
 
     def unavailable(self, device: str) -> str | None:
         """The reason this implementation cannot run on `device` at all, or None."""
@@ -184,16 +182,6 @@ def available_impls(stem: str, device: str) -> dict[str, str | None]:
         for impl in impls:
             found[impl.name] = found.get(impl.name) or impl.unavailable(device)
     return found
-
-
-def unmeasured_impls(stem: str) -> set[str]:
-    """Names of the implementations of `stem` that nobody has timed on their device yet.
-
-    >>> sorted(unmeasured_impls("tokenize"))
-    ['cuda', 'triton', 'wgmma']
-    """
-    importlib.import_module("vatt_engine.ops")
-    return {impl.name for impls in _IMPLS[stem].values() for impl in impls if impl.unmeasured}
 
 
 def list_ops() -> list[str]:

@@ -60,7 +60,7 @@ def attention(
 
     Source: paper section 3.2; official vatt/modeling/common/transformers.py and backbones/text/t5.py.
     Implementations: cpp (CPU, dropout of dense sequences), sdpa (torch's library attention, no seed), reference (plain
-    PyTorch, scores stored), triton (GPU, D of 16, 32 or 64, unmeasured).
+    PyTorch, scores stored), triton (GPU, D of 16, 32 or 64).
 
     >>> x = torch.ones(1, 1, 2, 4)
     >>> attention(x, x, x).mean().item()
@@ -304,8 +304,8 @@ _attention = define_choice(
     impls=[
         Impl("cpp", "cpu", flash_attention, missing=native_missing, refuses=native_refuses),
         Impl("sdpa", "any", attention_sdpa, refuses=_sdpa_refuses),
+        Impl("triton", "cuda", flash_attention, missing=triton_missing, refuses=flash_refuses),
         Impl("reference", "any", attention_reference),
-        Impl("triton", "cuda", flash_attention, missing=triton_missing, refuses=flash_refuses, unmeasured=True),
     ],
 )
 

@@ -118,7 +118,7 @@ _fwd = define_op(
             missing=native_missing,
             refuses=_native_refuses_pass,
         ),
-        Impl("triton", "cuda", "vatt_engine.kernels.attention:attention_fwd", missing=triton_missing, unmeasured=True),
+        Impl("triton", "cuda", "vatt_engine.kernels.attention:attention_fwd", missing=triton_missing),
     ],
     flops=_fwd_flops,
 )
@@ -135,9 +135,7 @@ _bwd = define_op(
             missing=native_missing,
             refuses=_native_refuses_pass,
         ),
-        Impl(
-            "triton", "cuda", "vatt_engine.kernels.attention_bwd:attention_bwd", missing=triton_missing, unmeasured=True
-        ),
+        Impl("triton", "cuda", "vatt_engine.kernels.attention_bwd:attention_bwd", missing=triton_missing),
     ],
     flops=_bwd_flops,
 )

@@ -183,21 +183,24 @@ def _refuses(dtypes: Sequence[torch.dtype]) -> Callable[..., str | None]:
 
 
 def _impls(name: str, reference: Callable[..., Any]) -> list[Impl]:
-    """The table of both ops. The CUDA kernels have the statistics only; the gradient is the library's, by tiles."""
+    """The table of both ops, on a GPU as an H200 ranks large batches of bfloat16, forward and backward.
+
+    The CUDA kernels have the statistics only; the gradient is the library's, by tiles.
+    """
     tiles = "vatt_engine.ops.nce_chunked"
     low = (torch.bfloat16, torch.float16)
     every, cuda = (torch.float32, *low), functools.partial(native_missing, cuda=True)
     mma, wgmma = ("stats_mma", "stats_wgmma") if name == "stats" else (name, name)
 
     def fused(impl: str, target: str, missing: Callable[[], str | None], dtypes: Sequence[torch.dtype]) -> Impl:
-        return Impl(impl, "cuda", f"{tiles}:{target}", missing=missing, refuses=_refuses(dtypes), unmeasured=True)
+        return Impl(impl, "cuda", f"{tiles}:{target}", missing=missing, refuses=_refuses(dtypes))
 
     return [
+        fused("triton", f"{name}_triton", triton_missing, every),
+        fused("wgmma", wgmma, wgmma_missing, low),
+        fused("cuda", mma, cuda, every),
         Impl("chunked", "any", f"{tiles}:{name}"),
         Impl("reference", "any", reference),
-        fused("triton", f"{name}_triton", triton_missing, every),
-        fused("cuda", mma, cuda, every),
-        fused("wgmma", wgmma, wgmma_missing, low),
     ]
 
 

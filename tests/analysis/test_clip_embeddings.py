@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from vatt_engine import Batch, create_model
 from vatt_engine.analysis.activation import MeanActivation
 from vatt_engine.analysis.embeddings import common_space, densities, token_means, tsne
+from vatt_engine.tasks.visualize import every_token
 
 AGNOSTIC = {
     "backbone": "agnostic",
@@ -72,13 +73,13 @@ def test_activations_are_means_over_tokens_without_padding(model, hook):
     means = MeanActivation(hook)
     for row in WORDS[:, None]:
         with means.watch(model, "text", row):
-            model.encode_text(row)
+            every_token(model, "text", row)
     transformer = model.backbone.transformer if model.config.backbone == "agnostic" else model.text.transformer
     layer, seen = transformer.layers[1], []
     handle = layer.ff_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     for ids in ([5, 9, 3], [7]):
         padded = torch.tensor([ids + [0] * (5 - len(ids))])
-        model.encode_text(padded)
+        every_token(model, "text", padded)
         seen[-1] = seen[-1][0, : 1 + len(ids)]
     handle.remove()
     rows = torch.cat(seen)
@@ -86,5 +87,5 @@ def test_activations_are_means_over_tokens_without_padding(model, hook):
         rows = layer.ff_out(F.gelu(layer.ff_in(rows)))
     torch.testing.assert_close(means.layers["text"][1], rows.double().mean(0), rtol=1e-4, atol=1e-5)
     before = means.layers["text"].clone()
-    model.encode_text(WORDS)
+    every_token(model, "text", WORDS)
     assert torch.equal(means.layers["text"], before), "nothing is watched any more"

@@ -7,8 +7,8 @@ import torch
 
 from vatt_engine import create_model, ops
 from vatt_engine.models.config import TextConfig, TransformerConfig
-from vatt_engine.models.transformer import Block, Transformer
-from vatt_engine.testing import gradients, randn
+from vatt_engine.models.transformer import Block, SelfAttention, Transformer
+from vatt_engine.testing import assert_within_budget, gradients, randn
 
 RATES = (1.0, 0.5, 1.0, 0.3)
 
@@ -132,6 +132,66 @@ def test_models_take_it(tower):
 def test_bad_rates(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("form", ["plain", "text", "dropping"])
+def test_agg_alone_is_row_0(form):
+    """Output and all gradients are the whole last layer's; the bias of k, which softmax does not see, has none."""
+    module, x = transformer(keep_rates=RATES if form == "dropping" else ()), randn(3, 9, 48, dtype=torch.float64)
+    x.requires_grad_()
+    rest = {}
+    if form == "text":
+        biases = [randn(3, 9, 9, seed=n, dtype=torch.float64).requires_grad_() for n in range(4)]
+        rest = {"biases": biases, "key_mask": torch.arange(9).expand(3, 9) < torch.tensor([[9], [4], [1]])}
+    leaves = [x, *rest.get("biases", ()), *module.parameters()]
+
+    def run(agg_only):
+        if form == "dropping":
+            y = module.forward_dropping(x, seed=3, sample_id=None, agg_only=agg_only)
+        else:
+            y = module(x, agg_only=agg_only, **rest)
+        return [y[:, :1], *gradients(y[:, :1], leaves)]
+
+    alone, whole = run(True), run(False)
+    assert alone[0].shape == (3, 1, 48)
+    for got, want in zip(alone, whole):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    names = ["y", "x", *["bias"] * len(rest.get("biases", ())), *(name for name, _ in module.named_parameters())]
+    assert not alone[names.index("layers.3.attention.qkv.bias")][48:96].any()
+
+
+def test_agg_alone_in_half_precision():
+    """As close to float64 as the whole layer is, whose k and v are rounded to bfloat16 where here x and W q are."""
+    module, x = transformer(keep_rates=()).float(), randn(4, 65, 48)
+    exact = transformer(keep_rates=())(x.double())[:, :1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_within_budget(module(x, agg_only=True), module(x)[:, :1], exact)
+
+
+def test_probabilities_of_agg_are_dropped():
+    """v is the identity: y holds each p that was kept, over 1 - 0.4, and the bias of v times their sum."""
+    attention = (
+        SelfAttention(TransformerConfig(dim=64, ff_dim=8, num_heads=1, head_dim=64, dropout=0.4)).double().train()
+    )
+    with torch.no_grad():
+        attention.qkv.weight.zero_()
+        attention.qkv.weight[128:].copy_(torch.eye(64))
+        attention.qkv.bias[128:].fill_(1.0)
+        attention.out.weight.copy_(torch.eye(64))
+    y = attention(torch.eye(64, dtype=torch.float64)[None], agg_only=True)[0, 0]
+    kept = y - y.sum() / 65  # y_j = p_j + sum of all p
+    count = int((kept > 0.01).sum())
+    torch.testing.assert_close(kept.sort().values[-count:], torch.full((count,), 1 / 64 / 0.6, dtype=torch.float64))
+    assert kept.sort().values[:-count].abs().max() < 1e-12
+    assert 20 < count < 57  # of 64, 38.4 are expected, five deviations of 3.9
+
+
+def test_layers_that_are_compiled_give_the_same():
+    module, x = transformer(keep_rates=(), num_layers=3).float(), randn(2, 9, 48).requires_grad_()
+    whole, alone = (gradients(module(x, agg_only=agg_only), [x])[0] for agg_only in (False, True))
+    module.compile_layers()
+    for want, agg_only in ((whole, False), (alone, True)):
+        torch.testing.assert_close(gradients(module(x, agg_only=agg_only), [x])[0], want)
 
 
 @pytest.mark.parametrize("masked", [False, True])

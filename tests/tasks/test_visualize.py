@@ -84,7 +84,7 @@ def test_classes_of_fine_tuned_runs_and_of_one_from_scratch(runs, world, tmp_pat
         model = from_pretrained(Path(run) / "model").encoder.eval()
         data = replace(load_run_config(Path(run)).data, {"num_windows": 1})
         with Loader(samples, data, train=False) as loader, torch.inference_mode():
-            features = torch.cat([model(batch.video)[:, 0] for batch in loader])
+            features = torch.cat([model(batch.video, agg_only=True)[:, 0] for batch in loader])
         points = tsne([features], seed=0)
         assert [(float(row["x"]), float(row["y"])) for row in own] == [tuple(point) for point in points.tolist()]
 

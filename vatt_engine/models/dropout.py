@@ -27,19 +27,20 @@ class Dropout(nn.Dropout):
             drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
             keep = drawn.view(torch.int16)[: x.numel()] >= dropped - 2**15
         else:
-            keep = hashed(_drawn_key(x.device), x.numel()) >= dropped
+            key = _made(torch.randint(2**62, (), device=x.device))
+            keep = hashed(key, x.numel()) >= dropped
         return (x * (2**bits / (2**bits - dropped))).where(keep.view(x.shape), 0.0)
 
 
-@torch.library.custom_op("vatt::dropout_key", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _drawn_key(device: torch.device) -> Tensor:
-    """A number of torch's generator; opaque, or torch.compile would draw it anew for every element."""
-    return torch.randint(2**62, (), device=device)
+@torch.library.custom_op("vatt::made", mutates_args=())
+def _made(x: Tensor) -> Tensor:
+    """x, which torch.compile then has in memory: it would compute a number anew for every element that needs it."""
+    return x.clone()
 
 
-@_drawn_key.register_fake
-def _(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+@_made.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def hashed(key: Tensor, count: int) -> Tensor:

@@ -120,8 +120,11 @@ class Backbone(AttentionPacked):
 
     @property
     def flops(self) -> int:
-        """Forward and backward of the shared transformer alone."""
-        return 3 * self.layers * (2 * self.rows * 12 * self.dim**2 + 4 * self.pairs * self.dim)
+        """Forward and backward of the shared transformer alone, whose last layer computes one row of each sequence."""
+        sequences = sum(count for count, _ in self.runs)
+        layer = 2 * self.rows * 12 * self.dim**2 + 4 * self.pairs * self.dim
+        last = 2 * sequences * 12 * self.dim**2 + 4 * self.rows * self.heads * self.dim
+        return 3 * ((self.layers - 1) * layer + last)
 
 
 @dataclass(frozen=True, kw_only=True)

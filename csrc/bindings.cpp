@@ -7,6 +7,7 @@ namespace vatt {
 void bind_attention(pybind11::module_& m);
 void bind_color_jitter(pybind11::module_& m);
 void bind_drop_token(pybind11::module_& m);
+void bind_dropout(pybind11::module_& m);
 void bind_nce_device(pybind11::module_& m);
 void bind_tokenize(pybind11::module_& m);
 void bind_tokenize_device(pybind11::module_& m);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   vatt::bind_attention(m);
   vatt::bind_color_jitter(m);
   vatt::bind_drop_token(m);
+  vatt::bind_dropout(m);
   vatt::bind_nce_device(m);
   vatt::bind_tokenize(m);
   vatt::bind_tokenize_device(m);

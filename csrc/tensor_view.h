@@ -52,6 +52,12 @@ struct TensorView {
 
   bool is_empty() const { return std::find(shape.begin(), shape.begin() + ndim, 0) != shape.begin() + ndim; }
 
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) count *= shape[i];
+    return count;
+  }
+
   // Dimensions first..last lie in memory without gaps; a dimension of size 1 has no say.
   bool is_contiguous(int first = 0) const {
     if (is_empty()) return true;

@@ -71,10 +71,13 @@ def native_missing(*, cuda: bool = False) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def triton_missing() -> str | None:
     """The reason no Triton kernel can run, or None."""
     return _triton_missing()
+
+
+# As torch.compiler.assume_constant_result does it, which would import the whole compiler.
+triton_missing._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def step_flops(
         ValueError: a number is not positive.
 
     >>> round(step_flops(model_config("vatt_bbs")).model / 1e9)
-    832
+    763
     """
     for name, value in (("batch", batch), ("candidates", candidates)):
         if value < 1:

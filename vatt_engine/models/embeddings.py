@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import AudioConfig, DropTokenConfig, PatchInit, PositionConfig, VideoConfig
-from vatt_engine.models.dropout import Dropout
 from vatt_engine.models.spectrogram import mel_spectrogram
-from vatt_engine.models.transformer import Seed, layer_norm
+from vatt_engine.models.transformer import Dropout, Seed, layer_norm
 
 
 class VoxelPatch(nn.Module):

@@ -12,7 +12,7 @@ from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import all_reduce_sum
 from vatt_engine.models import init
 from vatt_engine.models.config import HeadConfig
-from vatt_engine.models.dropout import Dropout
+from vatt_engine.models.transformer import Dropout
 
 
 class SyncBatchNorm(nn.Module):

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from vatt_engine.models import init
 from vatt_engine.models.config import TextConfig
-from vatt_engine.models.dropout import Dropout
 from vatt_engine.models.embeddings import PositionEmbedding, prepend
-from vatt_engine.models.transformer import Transformer, rms_norm
+from vatt_engine.models.transformer import Dropout, Transformer, rms_norm
 
 PAD_ID = 0
 

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from vatt_engine import ops
 from vatt_engine.models import init
 from vatt_engine.models.config import TransformerConfig
-from vatt_engine.models.dropout import Dropout
 
 Norm = Callable[[int, float], nn.Module]
 Seed = int | Tensor | None  # of DropToken; a tensor is int64 of one element; None draws one from torch's generator
@@ -38,6 +37,13 @@ class RMSNorm(nn.RMSNorm):
 def rms_norm(dim: int, eps: float = EPS) -> nn.RMSNorm:
     """The norm before the text encoder's attention."""
     return RMSNorm(dim, eps=eps)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by `ops.dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dropout(x, self.p) if self.training else x
 
 
 class QKV(nn.Linear):
@@ -73,7 +79,7 @@ class QKV(nn.Linear):
             scores = scores + bias[..., 0, :]
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None], -torch.inf)  # AGG sees itself at least
-        p = F.dropout(scores.softmax(-1), dropout_p)
+        p = ops.dropout(scores.softmax(-1), dropout_p)
         y = ((p @ x).transpose(0, 1) @ w_v.mT).transpose(0, 1).flatten(1)
         return y if b_v is None else y + (b_v.unflatten(0, (self.num_heads, -1)) * p.sum(-1, keepdim=True)).flatten(1)
 

@@ -77,7 +77,9 @@ def test_a_training_step_can_be_captured(device):
         step_of(eager, other, given, seed)()
     for (name, got), want in zip(model.state_dict().items(), eager.state_dict().values()):
         error, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
-        assert error <= torch.finfo(torch.float32).eps ** 0.5 * size, name
+        eps = torch.finfo(torch.float32).eps
+        rest = eps * got.numel() ** 0.5  # BatchNorm hides a shift: of its gradient rounding alone is left
+        assert error <= eps**0.5 * size + rest, name
 
 
 @pytest.mark.parametrize("device", ["cuda"])

@@ -1,5 +1,6 @@
 """tokenize: patches of the kept tokens, scaled, projected, placed; AGG first."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from vatt_engine.dispatch import use_impl
 from vatt_engine.ops import tokenize_native, tokenize_video, tokenize_waveform
 from vatt_engine.ops.tokenize import _bwd, _fwd
 from vatt_engine.ops.tokenize_reference import patches_reference
-from vatt_engine.testing import assert_within_budget, gradients, impls_of, randn
+from vatt_engine.testing import assert_within_budget, gradients, impls_of, randn, sum_noise
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ CASES = [
 IMPLS = impls_of("tokenize")
 CPU_IMPLS = [impl for impl, device in IMPLS if device == "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def dtypes_of(impl):
+    """What it multiplies."""
+    return DTYPES[1:] if impl == "wgmma" else DTYPES
 
 
 def make_video(shape, *, seed=0, device="cpu", dtype=torch.uint8):
@@ -127,15 +133,19 @@ def loop_form(video, keep, patch):
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype"),
+    [pytest.param(*pair, dtype, id=f"{'-'.join(pair)}-{dtype}") for pair in IMPLS for dtype in dtypes_of(pair[0])],
+)
 def test_matches_reference(impl, device, case, dtype):
     actual = forward_and_gradients(impl, case, dtype, device)
     reference = forward_and_gradients("reference", case, dtype, device)
     exact = forward_and_gradients("reference", case, dtype, device, exact=True)
+    terms = 3 * math.prod(case.patch) + case.shape[0] * (case.kept or case.tokens)  # of a token, of a weight's gradient
     for name, value in actual.items():
-        assert_within_budget(value, reference[name], exact[name], name=name)
+        noise = sum_noise(terms, exact[name].abs().max().item()) if device == "cuda" else 0.0
+        assert_within_budget(value, reference[name], exact[name], name=name, noise=noise)
 
 
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)
@@ -280,7 +290,7 @@ def test_every_pixel_value_to_the_bit(impl):
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 def test_edges(impl, device):
-    weight, bias = (x.detach() for x in parameters(96, torch.float32, device))
+    weight, bias = (x.detach() for x in parameters(96, dtypes_of(impl)[0], device))
 
     def tokens(name, video, keep):
         with use_impl(tokenize=name):
@@ -303,7 +313,7 @@ def test_edges(impl, device):
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 def test_no_tokens_give_zero_gradients(impl, device):
-    weight, bias, pos, agg = parameters(96, torch.float32, device, tokens=8, agg=True)
+    weight, bias, pos, agg = parameters(96, dtypes_of(impl)[0], device, tokens=8, agg=True)
     video, keep = make_video((2, 4, 8, 8), device=device), torch.zeros(0, dtype=torch.int64, device=device)
     with use_impl(tokenize=impl):
         for clips, factor in ((video, 2.0), (video[:0], 0.0)):
@@ -318,7 +328,7 @@ def test_more_bytes_than_31_bits_count(impl, device):
     """The last token of a video of 2.4 GB; on the CPU its pages are made only where they are read."""
     video = torch.zeros(2, 100, 2000, 2000, 3, dtype=torch.uint8, device=device)
     video[1, -4:, -16:, -16:] = make_video((4, 16, 16), device=device)
-    weight, bias = parameters(3072, torch.float32, device)
+    weight, bias = parameters(3072, dtypes_of(impl)[0], device)
     keep = torch.tensor([25 * 125 * 125 - 1], device=device)
     with use_impl(tokenize=impl):
         actual = tokenize_video(video, weight, bias, keep=keep)

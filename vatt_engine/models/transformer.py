@@ -56,9 +56,9 @@ class QKV(nn.Linear):
     """
 
     def __init__(self, config: TransformerConfig) -> None:
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         inner = config.num_heads * config.head_dim
         super().__init__(config.dim, 3 * inner, bias=config.bias)
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         init.glorot_uniform_(self.weight, config.dim, inner)  # as three Dense layers
         if config.bias:
             nn.init.zeros_(self.bias)

@@ -80,3 +80,13 @@ def test_hugging_face_towers_are_of_our_size_and_learn():
     assert bench_step.peer_fault("hf", SMALL, given) is None
     losses = [given["steppers"]["hf"].step(given["batch"]).item() for _ in range(12)]
     assert losses[-1] < losses[0]
+
+
+def test_a_compiled_form_of_ours_that_computes_something_else_is_told():
+    name = "ours, layers compiled"
+    given = given_for("ours")
+    given["steppers"][name] = bench_step.engine(SMALL, torch.float32, "cpu")
+    assert bench_step.own_fault(name, given) is None
+    with torch.no_grad():
+        given["steppers"][name].module.heads.text_video[0].weight.mul_(-1)
+    assert bench_step.own_fault(name, given).startswith("the first loss is")

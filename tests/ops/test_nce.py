@@ -83,8 +83,8 @@ def gpu_noise(case, form, video, text, mask, exact):
     """What a GPU's kernels may add to the budget, by output: they add D products one after the other.
 
     A similarity of size 1 / t is then off by `off`, and so are a log-sum-exp, and G in proportion. A loss has up to
-    four log-sum-exps. The temperature's gradient is a sum of G s / t; halves round G and both sides to 2^-12 of each term,
-    four deviations of whose sum are allowed. G of a single sample is a difference of ones.
+    four log-sum-exps. The temperature's gradient is a sum of G s / t; halves round G and both sides to 2^-12 of each
+    term, four deviations of whose sum are allowed. G of a single sample is a difference of ones.
     """
     t, half = case.temperature, case.dtype != torch.float32
     off = sum_noise(case.dim, 1 / t)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from vatt_engine import ops
 from vatt_engine.models.transformer import Dropout
 from vatt_engine.ops.dropout import _made, hashed
 from vatt_engine.testing import randn
@@ -61,6 +62,9 @@ def test_dtype_and_edges(dtype):
     assert Dropout(0.4)(x).dtype == dtype
     assert Dropout(0.4)(x[:0]).shape == (0, 5)
     assert Dropout(1 - 1e-9)(x).isfinite().all()
+    assert not Dropout(1.0)(x).any()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        ops.dropout(x, 1.5)
 
 
 def test_the_hash_is_that_of_unsigned_words():

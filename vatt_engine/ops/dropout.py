@@ -22,7 +22,13 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     Args:
         x: float tensor of any shape.
-        p: in [0, 1).
+        p: in [0, 1].
+
+    Returns:
+        Of the shape and dtype of x.
+
+    Raises:
+        ValueError: p is outside [0, 1].
 
     >>> dropout(torch.ones(3), 0.0).tolist()
     [1.0, 1.0, 1.0]

@@ -144,8 +144,9 @@ def peer_fault(name, shape, given):
     ours, stepper = given["steppers"][OURS], given["steppers"][name]
     sizes = [sum(p.numel() for p in module.parameters()) for module in (stepper.model, ours.module)]
     config = config_of(shape)
-    counted = peers.counted_flops(stepper.model, config, shape.candidates)
-    counted -= peers.wasted_flops(config, shape.candidates)
+    counted = peers.counted_flops(stepper.model, config, shape.candidates) - peers.wasted_flops(
+        config, shape.candidates
+    )
     counts = (counted, flops(shape, None, None) / shape.batch)
     for what, (other, own) in (("parameters", sizes), ("FLOPs per clip", counts)):
         if abs(other / own - 1) > MARGIN:

@@ -267,9 +267,7 @@ def counted_flops(model: PeerVATT, config: VATTConfig, candidates: int) -> float
 
 
 def wasted_flops(config: VATTConfig, candidates: int) -> int:
-    """What a peer spends per clip, forward and backward, on what it does not use: tokens that it then drops, and all
-    rows but AGG's in the last layer.
-    """
+    """What a peer spends per clip, forward and backward, on tokens that it then drops, and behind its last layer."""
     shared = config.shared if config.backbone == "agnostic" else None
     total, last = 0, [(shared or config.text.transformer, config.text.max_words + 1, candidates)]
     for tower, channels in ((config.video, 3), (config.audio, 1)):

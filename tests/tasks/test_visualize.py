@@ -82,7 +82,8 @@ def test_classes_of_fine_tuned_runs_and_of_one_from_scratch(runs, world, tmp_pat
         own = [row for row in rows if row["run"] == run]
         assert [(row["clip"], row["class"]) for row in own] == [(str(s.path), str(s.label)) for s in samples]
         model = from_pretrained(Path(run) / "model").encoder.eval()
-        data = replace(load_run_config(Path(run)).data, {"num_windows": 1})
+        batch_size = VisualizeConfig(runs=(run,), **draw).batch_size  # a row's last digits depend on it
+        data = replace(load_run_config(Path(run)).data, {"num_windows": 1, "batch_size": batch_size})
         with Loader(samples, data, train=False) as loader, torch.inference_mode():
             features = torch.cat([model(batch.video, agg_only=True)[:, 0] for batch in loader])
         points = tsne([features], seed=0)

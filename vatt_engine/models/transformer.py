@@ -106,9 +106,7 @@ class SelfAttention(nn.Module):
         cu_seqlens: Sequence[int] | None = None,
         agg_only: bool = False,
     ) -> Tensor:
-        """[B, N, D] -> [B, N, D], or [B, 1, D] of AGG; bias [H, N, N], key_mask [B, N] bool, cu_seqlens as for
-        `ops.attention`, but not with agg_only.
-        """
+        """[B, N, D] -> [B, N, D], or [B, 1, D] of AGG; bias [H, N, N], key_mask [B, N], cu_seqlens as in ops."""
         batch, tokens, _ = x.shape
         dropout_p = self.dropout if self.training else 0.0
         if agg_only:

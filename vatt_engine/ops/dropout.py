@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.dlpack import to_dlpack
+from torch.utils.flop_counter import register_flop_formula
 
-from vatt_engine.dispatch import native_missing
+from vatt_engine.dispatch import native_missing, no_flops
 
 _BITS = 31
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,10 +48,6 @@ def _dropped(p: float) -> int:
     return min(round(p * 2**_BITS), 2**_BITS - 1)
 
 
-def _scale(dropped: int) -> float:
-    return 2**_BITS / (2**_BITS - dropped)
-
-
 class _Native(torch.autograd.Function):
     """One pass over x, and one over the gradient."""
 
@@ -72,7 +69,8 @@ def _native(x: Tensor, key: Tensor, dropped: int) -> Tensor:
 
     x = x.contiguous()
     out = torch.empty_like(x)
-    _C.dropout(to_dlpack(x), to_dlpack(out), key.item(), dropped, _scale(dropped), torch.get_num_threads())
+    scale = 2**_BITS / (2**_BITS - dropped)
+    _C.dropout(to_dlpack(x), to_dlpack(out), key.item(), dropped, scale, torch.get_num_threads())
     return out
 
 
@@ -86,7 +84,7 @@ def _compiled(x: Tensor, p: float) -> Tensor:
     dropped = _dropped(p)
     key = _made(torch.randint(2**62, (), device=x.device))
     keep = hashed(key, x.numel()) >= dropped
-    return (x * _scale(dropped)).where(keep.view(x.shape), 0.0)
+    return (x * (2**_BITS / (2**_BITS - dropped))).where(keep.view(x.shape), 0.0)
 
 
 @torch.library.custom_op("vatt::made", mutates_args=())
@@ -98,6 +96,9 @@ def _made(x: Tensor) -> Tensor:
 @_made.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+register_flop_formula([torch.ops.vatt.dropout_cpp, torch.ops.vatt.made])(no_flops)
 
 
 def hashed(key: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from vatt_engine.testing import assert_within_budget, impls_of, randn, sum_noise
 
 IMPLS = impls_of("nce")
 IMPL_NAMES = [name for name, device in IMPLS if device == "cpu"]
+OUTPUTS = ("loss", "d_video", "d_text", "d_temperature")
 
 
 class Case(NamedTuple):
@@ -82,24 +83,22 @@ def losses_and_gradients(video, text, mask, temperature, form, impl):
 def gpu_noise(case, form, video, text, mask, exact):
     """What a GPU's kernels may add to the budget, by output: they add D products one after the other.
 
-    A similarity of size 1 / t is then off by `off`, and so are a log-sum-exp, and G in proportion. A loss has up to
-    four log-sum-exps. The temperature's gradient is a sum of G s / t; halves round G and both sides to 2^-12 of each
-    term, four deviations of whose sum are allowed. G of a single sample is a difference of ones.
+    A similarity of size 1 / t, a log-sum-exp (a loss has up to four) and G in proportion are then off by `off`; G of a
+    single sample is a difference of ones. The temperature's gradient is a sum of G s / t: halves round G and both sides
+    to 2^-12 of each term, four deviations of whose sum are allowed.
     """
-    t, half = case.temperature, case.dtype != torch.float32
+    t = case.temperature
     off = sum_noise(case.dim, 1 / t)
     weights = randn(case.rows, seed=0, dtype=torch.float64, device=video.device.type).abs() / case.rows
     a, b = (F.normalize(x.double(), dim=-1) for x in (video, text))
     s = (a @ b.flatten(0, 1).T / t).view(case.rows, case.rows, case.candidates).requires_grad_()
     seen = s if mask is None else s.masked_fill(~mask[:, None], -torch.inf)
-    positive = seen.diagonal(0, 0, 1).logsumexp(0)
-    losses = sample_losses(form, seen.logsumexp((1, 2)), seen.logsumexp((0, 2)), positive, mask)
-    (g,) = torch.autograd.grad((losses * weights).sum(), s)
-    terms = (g * s).detach().norm().item() / t
-    one = float(case.rows == 1)
+    sums = seen.logsumexp((1, 2)), seen.logsumexp((0, 2)), seen.diagonal(0, 0, 1).logsumexp(0)
+    loss = (sample_losses(form, *sums, mask) * weights).sum()
+    terms, one = (torch.autograd.grad(loss, s)[0] * s).norm().item() / t, float(case.rows == 1)
     sizes = [x.abs().max().item() + one / (t * n.norm(dim=-1).min().item()) for x, n in zip(exact[1:3], (video, text))]
-    rounded = 4 * 3**0.5 * 2**-12 if half else off
-    return 4 * off, off * sizes[0], off * sizes[1], rounded * terms + off * one / t**2
+    rounded = off if case.dtype == torch.float32 else 4 * 3**0.5 * 2**-12
+    return 4 * off, *(off * size for size in sizes), rounded * terms + off * one / t**2
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,13 +117,11 @@ def test_matches_reference(impl, device, form, case, offset, monkeypatch):
     if offset == "maxima":
         monkeypatch.setattr(sys.modules[nce_statistics.__module__], "MAX_SPREAD", 0)
     video, text, mask = make(case, device)
-    exact = losses_and_gradients(video.double(), text.double(), mask, case.temperature, form, "reference")
-    reference = losses_and_gradients(video, text, mask, case.temperature, form, "reference")
-    actual = losses_and_gradients(video, text, mask, case.temperature, form, impl)
+    given = [(video.double(), text.double(), "reference"), (video, text, "reference"), (video, text, impl)]
+    exact, reference, actual = (losses_and_gradients(x, y, mask, case.temperature, form, name) for x, y, name in given)
     noise = gpu_noise(case, form, video, text, mask, exact) if device == "cuda" else [0.0] * 4
-    names = ("loss", "d_video", "d_text", "d_temperature")
-    for name, got, same_dtype, want, adds in zip(names, actual, reference, exact, noise):
-        assert_within_budget(got, same_dtype, want, name=name, noise=adds)
+    for name, *values, adds in zip(OUTPUTS, actual, reference, exact, noise):
+        assert_within_budget(*values, name=name, noise=adds)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07])
@@ -142,8 +139,8 @@ def test_halves_as_on_a_gpu(dtype, temperature, distinct, monkeypatch):
     exact = losses_and_gradients(video.double(), text.double(), mask, temperature, "joint", "reference")
     reference = losses_and_gradients(video, text, mask, temperature, "joint", "reference")
     actual = losses_and_gradients(video, text, mask, temperature, "joint", "chunked")
-    for name, got, same_dtype, want in zip(("loss", "d_video", "d_text"), actual, reference, exact):
-        assert_within_budget(got, same_dtype, want, name=name)
+    for name, *values in zip(OUTPUTS[:3], actual, reference, exact):
+        assert_within_budget(*values, name=name)
 
 
 @pytest.mark.parametrize("learnable", [False, True])

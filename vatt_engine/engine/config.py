@@ -26,8 +26,8 @@ class EngineConfig:
             several ddp, or zero2 from 300 million trainable parameters where it can be.
         offload: keep the optimizer state on the host and compute the update there; zero2 and zero3 only.
         checkpoint_activations: keep only the inputs of transformer layers and compute them again in backward.
-        compile: torch.compile of the backbones by its mode; "layers" of every layer by itself, which compiles faster
-            since layers of the same sizes share what is made; or "off". "reduce-overhead" replays the backbones as CUDA
+        compile: torch.compile of the backbones by its mode; "layers" of every layer by itself, where layers of
+            the same sizes share what is made; or "off". "reduce-overhead" replays the backbones as CUDA
             graphs, on a GPU, and needs single or ddp; the others are not for zero3.
         precision: "fp32", or "bf16" for autocast around the module (weights, loss and optimizer stay fp32); "auto" is
             the one that the device is faster at, see `preferred_precision`.

@@ -194,7 +194,7 @@ def _sort_refuses(seed: Tensor, sample_id: Tensor | None, num_tokens: int, num_k
 
 
 def _impls(op: str, reference: Callable[..., Tensor], native: Callable[..., Tensor], *, rows: bool) -> list[Impl]:
-    """The table of one op, which moves rows or sorts keys; on a GPU in the order of their speed on an H200."""
+    """The table of one op, which moves rows or sorts keys; on a GPU in the order in which an H200 moves rows."""
     refuses = {"refuses": _rows_refuse} if rows else {}
     triton = f"vatt_engine.kernels.drop_token:{op}"
     cuda = {"missing": lambda: native_missing(cuda=True), "refuses": _rows_refuse if rows else _sort_refuses}

@@ -1,4 +1,4 @@
-"""dropout: torch draws a random number per element, which on a CPU costs more than the layers around it."""
+"""dropout: torch draws a random number per element, on a CPU an eighth of the step of two Base layers."""
 
 from __future__ import annotations
 

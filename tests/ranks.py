@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import traceback
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-_TIMEOUT = 540  # seconds, after which a rank that waits for another is killed
+_TIMEOUT = 540  # seconds, after which a rank that waits for another says where, and ends
 
 
 def run_ranks(target: str, world_size: int, folder: Path) -> list[Any]:
@@ -44,7 +44,7 @@ def main(target: str, world_size: str, folder: str) -> int:
 
 
 def _rank(call: Any, rank: int, world_size: int, folder: str) -> int:
-    signal.alarm(_TIMEOUT)
+    faulthandler.dump_traceback_later(_TIMEOUT, exit=True)
     try:
         rendezvous = f"file://{folder}/rendezvous"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)

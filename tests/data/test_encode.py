@@ -1,5 +1,6 @@
 """data.encode and the tests' own writer: what was written is read back at its time, in its codec, with its values."""
 
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -49,6 +50,10 @@ def click_time(path):
     return start + np.argmax(np.abs(wave[:, 0]) > 0.2) / rate
 
 
+def scheduling():
+    return os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+
+
 CODECS = [
     (".mp4", "libx264", "aac", "h264", "aac"),
     (".mp4", "libx265", "libmp3lame", "hevc", "mp3float"),
@@ -74,7 +79,9 @@ def test_flash_and_click_are_read_back_together(case, timing, tmp_path):
     times = np.array(how["times"]) if timing == "vfr" else np.arange(30) / float(how["fps"])
     path = tmp_path / f"clip{suffix}"
     codecs = {"video_codec": video_codec, "audio_codec": audio_codec}
+    before = scheduling()
     write_media(path, flash_frames(), waveform=click_wave(times[FLASH]), **codecs, **how)
+    assert scheduling() == before  # libsvtav1 makes threads of root real-time ones
     with av.open(str(path)) as container:
         names = [stream.codec_context.name for stream in container.streams]
     assert read_as in names[0].replace("libdav1d", "av1")

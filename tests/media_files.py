@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +31,23 @@ TICKS = 60_000  # per second: below the 65,535 that MPEG-4 allows, a multiple of
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 
 
+@contextlib.contextmanager
+def own_scheduling():
+    """Undo what libsvtav1 does to a thread of root that opens it: it gets the highest real-time priority.
+
+    Processes inherit that, and two that wait busily for a third then never let it run.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # macOS
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+@own_scheduling()
 def write_media(
     path,
     frames,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -122,26 +121,7 @@ def video_stream(
     stream.height, stream.width = height, width
     stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     stream.codec_context.time_base = stream.time_base = time_base
-    with _own_scheduling():
-        stream.codec_context.open()
     return stream
-
-
-@contextlib.contextmanager
-def _own_scheduling() -> Iterator[None]:
-    """Undo what libsvtav1 does to a thread of root that opens it: it gets the highest real-time priority.
-
-    Processes inherit that, and two that wait busily for a third then never let it run.
-    """
-    if not hasattr(os, "sched_getscheduler"):  # macOS
-        yield
-        return
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        if os.sched_getscheduler(0) != before[0]:
-            os.sched_setscheduler(0, *before)
 
 
 def audio_stream(container, codec: str, sample_rate: int, options: Mapping[str, str]):

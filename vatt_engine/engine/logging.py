@@ -64,7 +64,7 @@ class RunLog:
             _drop_after(path, resume_step)
         self.file = path.open("a", encoding="utf-8")
         self.start = self.last = time.perf_counter()
-        self.first_step = self.last_step = resume_step
+        self.first_step = resume_step
         self.width = 0
 
     def __enter__(self) -> RunLog:
@@ -85,7 +85,7 @@ class RunLog:
             record["mfu"] = record["clips_per_second"] * self.flops_per_clip / self.peak_flops
         record["eta_seconds"] = (now - self.start) / max(step - self.first_step, 1) * (self.total_steps - step)
         record["seconds"] = now - self.start
-        self.last, self.last_step = now, step
+        self.last = now
         self._record(record)
         self.progress(step, values, record)
         return record

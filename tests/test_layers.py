@@ -55,7 +55,7 @@ OPTIONAL = {
 FILE_LINES, FUNCTION_LINES, TRITON_LINES, CUDA_LINES, COLUMNS = 400, 60, 150, 250, 120
 # The plan said 9,000 and 14,000, before an op had a Triton and two CUDA kernels: csrc, kernels and ops alone hold 7,300
 # lines of the core. It did not count shards and DALI, ZeRO and its faults, and everything of the paper's section 4.
-CORE_LINES, ALL_LINES = 12_150, 24_650
+CORE_LINES, ALL_LINES = 12_220, 24_740
 CORE = ("dispatch.py", "losses.py", "ops", "models", "engine", "kernels")
 
 

@@ -87,6 +87,14 @@ def _triton_missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def amx_missing() -> str | None:
+    """The reason bfloat16's products are slower than float32's on this CPU, or None."""
+    return None if torch.cpu._is_amx_tile_supported() else "the CPU has no AMX"
+
+
+amx_missing._dynamo_marked_constant = True
+
+
 @functools.cache
 def wgmma_missing() -> str | None:
     """The reason no kernel for sm_90a alone can run, or None."""

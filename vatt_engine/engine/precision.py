@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from vatt_engine.dispatch import amx_missing
+
 
 def preferred_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
     """bf16 where its products are faster than float32's: GPUs from compute capability 8.0 on, CPUs with AMX.
@@ -22,4 +24,4 @@ def preferred_precision(device: torch.device | str) -> Literal["fp32", "bf16"]:
     device = torch.device(device)
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "fp32" if amx_missing() else "bf16"

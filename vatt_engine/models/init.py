@@ -6,13 +6,22 @@ import math
 
 from torch import Tensor, nn
 
+from vatt_engine import ops
+
 # Standard deviation of a unit normal cut at +-2; Keras' glorot_normal divides by it.
 _TRUNCATED_STD = 0.87962566103423978
 
 
-def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+class Linear(nn.Linear):
+    """nn.Linear by `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = True) -> Linear:
     """A Dense layer: Glorot-uniform weight, zero bias."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer = Linear(in_features, out_features, bias=bias)
     glorot_uniform_(layer.weight, in_features, out_features)
     if bias:
         nn.init.zeros_(layer.bias)

@@ -46,7 +46,7 @@ class Dropout(nn.Dropout):
         return ops.dropout(x, self.p) if self.training else x
 
 
-class QKV(nn.Linear):
+class QKV(init.Linear):
     """One projection for q, k and v [.., 3 H D]; or attention of AGG's row alone, which needs neither k nor v of a row:
 
         s_hj = scale (W_k,h^T q_h) . x_j,   y_h = W_v,h (sum_j p_hj x_j) + b_v,h sum_j p_hj

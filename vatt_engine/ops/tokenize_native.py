@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from vatt_engine.dispatch import amx_missing
+
 PIECE_BYTES = 4 << 20  # of the patch matrix, on a CPU: more gains little time, less costs the product some
 
 
@@ -131,8 +133,8 @@ def _sum_of_samples(rows: Tensor) -> Tensor:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix product: without AMX the library multiplies bfloat16 and float16 slower than float32."""
-    return dtype if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else torch.float32
+    """The dtype of the matrix product: bfloat16 where the CPU multiplies that faster than float32."""
+    return dtype if dtype == torch.bfloat16 and not amx_missing() else torch.float32
 
 
 class _PatchMatrix:

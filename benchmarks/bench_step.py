@@ -83,6 +83,8 @@ def peer(shape, dtype, device, *, hf=False, compiled=False):
 
 def inputs(shape, dtype, device):
     steppers = {name: make(shape, dtype, device) for name, make in STEPPERS.items()}
+    if device == "cpu" and dtype != torch.float32:  # which many CPUs are slower at
+        steppers[PLAIN_FP32] = peer(shape, torch.float32, device)
     return {"batch": clips(shape, device), "steppers": steppers}
 
 
@@ -258,7 +260,7 @@ def provider(name):
     return lambda _shape, batch, steppers: run(steppers[name], batch)
 
 
-OURS = "ours"
+OURS, PLAIN_FP32 = "ours", "plain, fp32"
 STEPPERS = {
     "plain": peer,
     "plain compiled": functools.partial(peer, compiled=True),
@@ -266,7 +268,7 @@ STEPPERS = {
     OURS: engine,
     "ours, layers compiled": functools.partial(engine, compiled="layers"),
 }
-RIVALS = {name: provider(name) for name in STEPPERS}
+RIVALS = {name: provider(name) for name in (*STEPPERS, PLAIN_FP32)}
 BENCH = Bench(
     name="step",
     rivals=RIVALS,

@@ -268,7 +268,7 @@ def test_compiled_features_give_the_same_losses(monkeypatch):
     assert error(losses(compiled, 4), losses(build(), 4)) < STEP_TOLERANCE
 
 
-@pytest.mark.parametrize("strategy", ["single", "zero2"])
+@pytest.mark.parametrize("strategy", ["single", "zero2", "zero3"])
 def test_bf16_keeps_float32_weights_moments_and_loss(strategy):
     engine = build(strategy, precision="bf16", parts=2)
     dtypes = []

@@ -83,8 +83,8 @@ def peer(shape, dtype, device, *, hf=False, compiled=False):
 
 def inputs(shape, dtype, device):
     steppers = {name: make(shape, dtype, device) for name, make in STEPPERS.items()}
-    if device == "cpu" and dtype != torch.float32:  # which many CPUs are slower at
-        steppers[PLAIN_FP32] = peer(shape, torch.float32, device)
+    if device == "cpu" and dtype != torch.float32:  # which many CPUs are slower at; peers are checked before ours
+        steppers = {PLAIN_FP32: peer(shape, torch.float32, device)} | steppers
     return {"batch": clips(shape, device), "steppers": steppers}
 
 

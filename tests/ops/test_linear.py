@@ -90,3 +90,13 @@ def test_what_is_frozen_gets_no_gradient_and_x_is_kept_in_bfloat16(amx):
     assert (grad - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         both_passes(ops.linear, operands((6, 32), 8)[:1] + operands((6, 31), 8)[1:])
+
+
+def test_a_backward_pass_under_autocast_is_the_same(amx):
+    """As torch.compile runs it."""
+    amx(False)
+    given = operands((64, 33), 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = gradients(ops.linear(*given), given)
+    for got, want in zip(under, both_passes(ops.linear, given)[1:]):
+        assert torch.equal(got, want)

@@ -49,8 +49,9 @@ class _Widened(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.float().reshape(-1, len(weight))
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        return (
-            (rows @ weight).view_as(x).to(x.dtype) if need_x else None,
-            rows.T @ x.reshape(-1, x.shape[-1]).float() if need_weight else None,
-            rows.sum(0) if need_bias else None,
-        )
+        with torch.autocast("cpu", enabled=False):  # torch.compile traces this under the forward pass's autocast
+            return (
+                (rows @ weight).view_as(x).to(x.dtype) if need_x else None,
+                rows.T @ x.reshape(-1, x.shape[-1]).float() if need_weight else None,
+                rows.sum(0) if need_bias else None,
+            )

@@ -18,11 +18,10 @@ def amx(monkeypatch):
     return lambda has: monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
 
 
-def operands(shape, out, dtype=torch.float32, *, bias=True, scale=1.0):
-    weight = randn(out, shape[-1], seed=1, dtype=dtype) * scale
-    return [t.requires_grad_() for t in (randn(*shape, dtype=dtype) * scale, weight, randn(out, seed=2, dtype=dtype))][
-        : 3 if bias else 2
-    ]
+def operands(shape, out, *, bias=True, scale=1.0):
+    given = [randn(*shape) * scale, randn(out, shape[-1], seed=1) * scale]
+    given += [randn(out, seed=2)] if bias else []
+    return [t.requires_grad_() for t in given]
 
 
 def both_passes(function, given):

@@ -1,4 +1,4 @@
-"""linear: torch's autocast on a CPU multiplies in bfloat16, which without AMX takes twice as long as float32."""
+"""linear: torch's autocast on a CPU multiplies in bfloat16, which without AMX is slower than float32."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "vatt_engine"
 LOW = {
     "batch",
     "collectives",
+    "faults",
     "schema",
     "dispatch",
     "splitmix",

@@ -30,6 +30,7 @@ from vatt_engine.data.media import Clip, MediaError
 from vatt_engine.data.resample import area_scaled, resampled
 from vatt_engine.data.streams import ROUNDING, read_member, scaled_size
 from vatt_engine.data.words import Vocabulary
+from vatt_engine.faults import raise_if_of_code
 
 CPU_SUFFIXES = (".webm", ".avi")  # VP9 and MJPEG; DALI's packages have no other decoder for the CPU
 
@@ -261,6 +262,7 @@ class DaliMedia:
         except MediaError:
             raise
         except Exception as error:  # of whatever class DALI raises for damaged data
+            raise_if_of_code(error, "nvidia", doing=f"reading the {kind} of {self.sample.path}")
             text = str(error).strip().split("\n", 1)[0].removesuffix(".")
             text = f"got {type(error).__name__}: {text}"
             raise self._error(f"the {kind} must be media that DALI can decode, {text}.") from error

@@ -138,9 +138,10 @@ def _claim(root: Path, settings: dict, clips: list[_Clip]) -> None:
         raise ValueError(f"make_world: directory must be a folder, got the file '{root}'.")
     if world.exists():
         try:
-            found = json.loads(world.read_text())["settings"]
-        except (ValueError, KeyError, TypeError):
-            found = "an unreadable world.json"
+            document = json.loads(world.read_text())
+        except ValueError:
+            document = None
+        found = document.get("settings") if isinstance(document, dict) else "an unreadable world.json"
         if found != settings:
             raise ValueError(f"make_world: directory must hold {settings}, got {found} in '{root}'. Name another one.")
     elif root.exists() and any(root.iterdir()):

@@ -17,10 +17,11 @@ EXACT = {"fflags": "+bitexact"}  # no date, no random ids
 def has_codec(name: str, mode: str = "w") -> bool:
     """Whether this FFmpeg encodes ("w") or decodes ("r") it."""
     import av
+    from av.codec.codec import UnknownCodecError
 
     try:
         av.Codec(name, mode)
-    except ValueError:  # av.codec.codec.UnknownCodecError is one
+    except UnknownCodecError:
         return False
     return True
 

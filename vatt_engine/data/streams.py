@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vatt_engine.data.manifest import Member
+from vatt_engine.faults import raise_if_of_code
 
 ROUNDING = 1e-3  # seconds; times in mkv, webm and flv are rounded to 1 ms
 PREROLL = {"video": (0.2, 10.0), "audio": (0.5, 10.0)}  # seconds to seek ahead of a window: first try, second try
@@ -83,7 +84,7 @@ class Source:
     """A file whose tracks are read by time; `zero` is its first presentation time, which the reader sets.
 
     Or a member of a shard, read where it lies, with one track alone; `path` then only names it. Every failure of FFmpeg
-    inside `faults`, of whatever class, leaves as a MediaError.
+    inside `faults`, of whatever class, leaves as a MediaError; a failure of our own code leaves as it is.
     """
 
     def __init__(self, path: str | Path, limits: MediaLimits, member: Member | None = None, kind: str | None = None):
@@ -137,6 +138,7 @@ class Source:
         except MediaError:
             raise
         except Exception as error:  # PyAV raises seven classes on damaged files, MemoryError and IndexError among them
+            raise_if_of_code(error, "av", "tarfile", doing=f"reading {self.path}")
             text = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
             raise self.error(f"the file must be media that FFmpeg can decode, got {text}.") from error
 
@@ -151,13 +153,16 @@ class Source:
             begin, end = self.member.offset, self.member.offset + self.member.size
             url = f"subfile,,start,{begin},end,{end},,:file:{self.member.path}"
             local = {"protocol_whitelist": "file,subfile", "format_whitelist": MEMBER_FORMATS}
-        with av.open(url, options=self._codec_options, container_options=local, metadata_errors="ignore") as container:
+        tags = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}  # 19 reads any bytes
+        with av.open(url, options=self._codec_options, container_options=local, **tags) as container:
             streams = {kind: container.streams.best(kind) for kind in self.kinds}
             if streams.get("video") is not None and streams["video"].disposition & Disposition.attached_pic:
                 streams["video"] = None  # the cover of a song
             for kind, stream in streams.items():
                 if stream is not None and stream.codec_context is None:
                     raise self.error(f"the {kind} codec must be one that FFmpeg decodes, got an unknown one.")
+                if stream is not None and not stream.time_base:  # None in PyAV 18, 0/1 in PyAV 19
+                    raise self.error(f"the {kind} must have a unit of time, got none.")
             yield container, {kind: stream for kind, stream in streams.items() if stream is not None}
 
     def decoded(self, kind: str, start: float) -> Iterator[tuple[float, Any]]:
@@ -194,6 +199,8 @@ class Source:
                     text = f"a window must need at most {self.limits.max_frames} decoded {kind} frames, got more."
                     raise self.error(text)
                 stamp = frame.pts if frame.pts is not None else frame.dts
+                if not frame.time_base:
+                    raise self.error(f"the {kind} must have a unit of time, got a frame without one.")
                 if stamp is not None:
                     time = max(time, float(stamp * frame.time_base) - self.zero)
                 elif time == -math.inf:

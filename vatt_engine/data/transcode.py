@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import Media
 from vatt_engine.data.shards import key_of, replace_synced, write_synced
 from vatt_engine.data.streams import ROUNDING, MediaError, MediaLimits, Reach
+from vatt_engine.faults import raise_if_of_code
 
 PROGRAM = "from vatt_engine.data.transcode import main; main()"
 START_SECONDS = 600.0  # for a worker to import what it needs
@@ -231,6 +233,21 @@ class _Worker:
 
 
 def main() -> None:
+    """`_serve`, which ends by an exception alone; exit code 1 then tells the parent that no file is at fault.
+
+    Python's own way out does not: it waits for the thread that reads the input, gives up, and aborts the process, which
+    looks as if FFmpeg had crashed.
+    """
+    try:
+        _serve()
+    except SystemExit as end:
+        print(end, file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _serve() -> None:
     """Jobs come in as lines of JSON; out goes "." as a sign of life and a new line when a job's record is there.
 
     The record `<key>.json` is what `transcode` returns, or {"reason"}; it comes after the tracks, each of them whole.
@@ -279,4 +296,5 @@ def _outcome(job: dict, settings: dict, folder: Path, alive: Callable[[], None])
     except Exception as error:  # an encoder's: the next file may go well
         if getattr(error, "errno", None) in FULL:
             sys.exit(f"{folder.parent}: {os.strerror(error.errno)}.")
+        raise_if_of_code(error, "av", doing=f"encoding {job['path']}")
         return {"reason": f"the file must be one that can be encoded, got {type(error).__name__}: {error}"}

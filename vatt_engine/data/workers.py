@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from vatt_engine.schema import from_dict, to_dict
 PROGRAM = "from vatt_engine.data.workers import serve; serve()"
 START_SECONDS = 300  # for the interpreter and its imports, on a machine with much else to do
 MAX_BYTES = 1 << 16  # of a message
+MAX_TRACEBACK = 1 << 13  # characters, of which JSON makes at most six bytes each
 
 
 class Workers:
@@ -68,6 +70,7 @@ class Workers:
 
         Raises:
             MediaError: the file cannot be used, or took too long, or killed two workers.
+            RuntimeError: the code of a worker is wrong; the message has its traceback.
             ChildProcessError: no process can be started, or `close` was called meanwhile.
         """
         with self._borrowed() as worker:
@@ -120,6 +123,9 @@ class _Worker:
                 note = f"decoding must not end its process, got {self._end(kill=False)}"
             elif "error" in reply:
                 raise MediaError(sample.path, reply["error"])
+            elif "fault" in reply:
+                text = f"loader: decoding {sample.path} must not fail in the loader's own code, got"
+                raise RuntimeError(f"{text}:\n{reply['fault']}")
             else:
                 return reply, note and f"{note} once."
         raise MediaError(sample.path, f"{note} twice.")
@@ -235,7 +241,10 @@ def _work(reader: ClipReader, channel: int, memory: int) -> None:
     with socket.socket(fileno=channel) as ours:
         while content := ours.recv(MAX_BYTES):
             signal.setitimer(signal.ITIMER_REAL, reader.config.max_decode_seconds + 60)  # should the parent be gone
-            reply = _answer(reader, json.loads(content), tensors)
+            try:
+                reply = _answer(reader, json.loads(content), tensors)
+            except Exception:  # no fault of the file, which ends the run over there
+                reply = {"fault": traceback.format_exc()[-MAX_TRACEBACK:]}
             signal.setitimer(signal.ITIMER_REAL, 0)
             ours.send(json.dumps(reply).encode())
 

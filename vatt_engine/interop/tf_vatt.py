@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vatt_engine.faults import is_raised_in
 from vatt_engine.interop.rules import ImportReport, Rule, Source, fill, same, under
 from vatt_engine.models.embeddings import PatchStem, PositionEmbedding, VoxelPatch, WaveformPatch, resample_table
 from vatt_engine.models.heads import Classifier, FactorizedHeads, JointHeads, SyncBatchNorm
@@ -32,7 +33,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
+        # A damaged header makes NumPy raise a TypeError; one raised elsewhere is a wrong call.
+        if isinstance(error, FileNotFoundError) or (isinstance(error, TypeError) and not is_raised_in(error, "numpy")):
             raise
         raise ValueError(f"{path}: the file must be an .npz of plain arrays, got {error!r}.") from error
 

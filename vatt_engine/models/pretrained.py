@@ -71,9 +71,11 @@ def from_pretrained(directory: str | Path) -> nn.Module:
     path = Path(directory) / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        kind = _KINDS[document["kind"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not isinstance(document, dict) or document.get("kind") not in list(_KINDS):
+            raise ValueError(f"no kind, one of {' and '.join(_KINDS)}")
+    except ValueError as error:
         raise ValueError(f"{path}: the file must be a config that save_pretrained wrote, got {error!r}.") from error
+    kind = _KINDS[document["kind"]]
     model = build_model(schema.from_dict(kind, document.get("config", {}), where=str(path)))
     load_weights(model, Path(directory) / "model.safetensors")
     return model.eval()

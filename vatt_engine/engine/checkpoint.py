@@ -233,13 +233,13 @@ def _damage(path: Path) -> str | None:
     try:
         text = (path / "COMMIT").read_text()
         commit = json.loads(text)
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in commit["files"].items()}
-        if text != _canonical(commit) or commit["format"] != FORMAT or path.name != f"step-{commit['step']:08d}":
-            return "COMMIT is not what was written."
     except FileNotFoundError:
         return "COMMIT is missing."
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"COMMIT cannot be read ({type(error).__name__}: {error})."
+    if not _is_commit(commit) or text != _canonical(commit) or path.name != f"step-{commit['step']:08d}":
+        return "COMMIT is not what was written."
+    files = {name: (entry["size"], entry["sha256"]) for name, entry in commit["files"].items()}
     present = {file.name for file in path.iterdir()} - {"COMMIT"}
     if "state.json" not in files or present != files.keys():
         odd = sorted(present ^ files.keys()) or ["state.json"]
@@ -254,6 +254,16 @@ def _damage(path: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})."
     return None
+
+
+def _is_commit(value: Any) -> bool:
+    """Whether a JSON value has the form of what `save` writes as COMMIT."""
+    if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("step"), int):
+        return False
+    files = value.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in files.values()
+    )
 
 
 def _put_aside(path: Path) -> None:

@@ -13,11 +13,11 @@ export GOMP_SPINCOUNT ?= 50000
 
 python_sources := vatt_engine kernels tests benchmarks setup.py
 
-.PHONY: help setup demo ablation test soak lint bench gpu clean
+.PHONY: help setup demo ablation test test-cpus soak lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | ablation [SEEDS=3] | test [FAST=1] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
+	@echo "make demo | ablation [SEEDS=3] | test [FAST=1] | test-cpus [CPUS="avx2 default"] [THREADS="1 2"] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
@@ -58,6 +58,28 @@ ablation: setup
 # A process per CPU, each with the tests of whole files and one thread.
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(if $(FAST),-m "not slow and not soak") tests
+
+# The tests of numbers as other processors add them up: PyTorch and what it compiles, oneDNN, MKL or OpenBLAS, the C
+# library and our native code are told to leave out AVX-512, or AVX too; each with one thread and with two.
+CPUS ?= native avx2 default
+THREADS ?= 1 2
+NUMERIC := $(addprefix tests/,ops models interop analysis test_testing.py test_losses.py test_class_loss.py test_native.py \
+	test_benchmark_peers.py data/test_augment.py tasks/test_pretrain_ranks.py \
+	$(addprefix engine/test_,strategies.py optim.py compile.py precision.py engine.py))
+without_avx512 := -AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD
+as_native :=
+as_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+	GLIBC_TUNABLES=glibc.cpu.hwcaps=$(without_avx512) VATT_CPU_LEVEL=3
+as_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	OPENBLAS_CORETYPE=Nehalem GLIBC_TUNABLES=glibc.cpu.hwcaps=$(without_avx512),-AVX2,-AVX,-FMA VATT_CPU_LEVEL=1
+numeric = @echo "== $(1), $(2) thread(s)" && $(as_$(1)) OMP_NUM_THREADS=$(2) $(PY) -m pytest -q --dist loadfile \
+	$(if $(filter 1,$(2)),-n auto,-n 0) $(NUMERIC)
+define newline
+
+
+endef
+test-cpus: setup
+	$(foreach cpu,$(CPUS),$(foreach threads,$(THREADS),$(call numeric,$(cpu),$(threads))$(newline)	))
 
 # The full counts of kills, mutations, faults and steps; `make test` has the same tests with small counts.
 soak: setup

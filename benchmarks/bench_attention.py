@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, check_values, compiled, one_pass
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, AttentionPacked
 from vatt_engine.dispatch import use_impl
 from vatt_engine.ops import attention, drop_token
-from vatt_engine.testing import randn
+from vatt_engine.testing import Sum, randn
 
 
 def projections(batch, heads, tokens, head_dim, dtype, device):
@@ -54,6 +54,12 @@ def bytes_moved(shape, dtype, passes):
     return one * (4 + (8 if passes == FORWARD_BACKWARD else 0))
 
 
+def sums(shape, _name):
+    """A score's products, and a row's keys or a key's rows, of which no sequence has more."""
+    longest = shape.video if isinstance(shape, AttentionPacked) else shape.tokens
+    return [Sum(longest + shape.head_dim)]
+
+
 def flops(shape, _dtype, passes):
     """Two products; backward makes the scores again and has four products of its own."""
     product = 2 * shape.pairs * shape.heads * shape.head_dim
@@ -73,6 +79,7 @@ BENCH = Bench(
     },
     inputs=inputs,
     exact=eager,
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
 )
@@ -102,6 +109,7 @@ TEXT = Bench(
     rivals={"eager": text_eager, **compiled("eager compiled", text_eager)},
     inputs=text_inputs,
     exact=text_eager,
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
 )
@@ -136,6 +144,7 @@ PACKED = Bench(
     rivals={"bare sdpa by modality": by_modality(bare_sdpa)},
     inputs=packed_inputs,
     exact=by_modality(eager),
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
 )
@@ -178,6 +187,7 @@ KEEP = Bench(
     rivals={"drop_token, then bare sdpa": gathered(bare_sdpa)},
     inputs=keep_inputs,
     exact=gathered(eager),
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
 )
@@ -208,6 +218,7 @@ DROPOUT = Bench(
     rivals={"bare sdpa": lambda _shape, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=DROPOUT_P)},
     inputs=inputs,
     exact=dropout_exact,
+    sums=sums,
     check=check_dropout,
     bytes_moved=bytes_moved,
     flops=flops,

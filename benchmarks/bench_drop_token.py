@@ -5,7 +5,7 @@ import torch
 from benchmarks.harness import FORWARD, FORWARD_BACKWARD, Bench, cases, compiled
 from vatt_engine.dispatch import use_impl
 from vatt_engine.ops import drop_token, sample_keep
-from vatt_engine.testing import randn
+from vatt_engine.testing import Sum, randn
 
 
 def sample_inputs(shape, _dtype, device):
@@ -50,6 +50,7 @@ BENCH = Bench(
     rivals={"eager": eager, **compiled("eager compiled", eager)},
     inputs=inputs,
     exact=eager,
+    sums=lambda _shape, _name: [Sum(1)],  # rows are moved
     bytes_moved=bytes_moved,
     flops=lambda *_: 0,
 )

@@ -21,7 +21,7 @@ from benchmarks.harness import FORWARD_BACKWARD, Bench, Checked, assert_close, c
 from benchmarks.shapes import NCE_LARGEST, NCE_MEMORY, SHAPES
 from benchmarks.timing import peak_extra_bytes
 from vatt_engine.ops import mil_nce
-from vatt_engine.testing import devices, randn
+from vatt_engine.testing import Sum, devices, randn
 
 TEMPERATURE = 0.07
 
@@ -51,6 +51,13 @@ def bytes_moved(shape, dtype, passes):
     return embeddings * (3 if passes == FORWARD_BACKWARD else 1)
 
 
+def sums(shape, name):
+    """A loss has up to four similarities of size 1 / t; a gradient, the mean of G / (t |row|), is off as they are."""
+    columns = shape.batch * shape.candidates
+    size = 1.0 if name == "y" else 1 / (TEMPERATURE * shape.dim**0.5 * shape.batch)
+    return [Sum(shape.dim, 4 * size / TEMPERATURE), Sum(columns, 4 * size)]
+
+
 def flops(shape, _dtype, passes):
     """One product for the statistics; backward makes s again and multiplies its gradient with both sides."""
     product = 2 * shape.batch**2 * shape.candidates * shape.dim
@@ -64,6 +71,7 @@ BENCH = Bench(
     rivals={"eager": eager, **compiled("eager compiled", eager)},
     inputs=inputs,
     exact=eager,
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
 )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import FORWARD_BACKWARD, Bench, cases, compiled
 from vatt_engine.ops import tokenize_video
-from vatt_engine.testing import randn
+from vatt_engine.testing import Sum, randn
 
 
 def inputs(shape, dtype, device):
@@ -59,6 +59,11 @@ def bytes_moved(shape, dtype, passes):
     return forward + (backward if passes == FORWARD_BACKWARD else 0)
 
 
+def sums(shape, name):
+    """A token adds up its patch, bias and position; a parameter's gradient the tokens."""
+    return [Sum(shape.patch_size + 2 if name == "y" else shape.batch * (shape.kept + 1))]
+
+
 def flops(shape, _dtype, passes):
     """The projection of kept patches; backward, the weight's gradient, is as much again."""
     product = 2 * shape.batch * shape.kept * shape.patch_size * shape.dim
@@ -76,6 +81,7 @@ BENCH = Bench(
     },
     inputs=inputs,
     exact=gather_first,
+    sums=sums,
     bytes_moved=bytes_moved,
     flops=flops,
     metrics=lambda shape, _dtype, seconds: {"us/clip": seconds / shape.batch * 1e6},

@@ -18,7 +18,7 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from benchmarks import machine, results
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import Call, Stopwatch, num_rounds, one_round, peak_extra_bytes, spread
 from vatt_engine.dispatch import use_impl
-from vatt_engine.testing import assert_within_budget, devices, impls_of, randn
+from vatt_engine.testing import Sum, assert_within_budget, devices, impls_of, randn
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 DTYPES = {
@@ -89,6 +89,8 @@ class Bench:
         rivals: other ways to compute the same, by name; the first is the baseline, which without any is the reference.
         inputs: (shape, dtype, device) -> tensors by name; those that require grad are differentiated.
         exact: (shape, **inputs in float64) -> the right result.
+        sums: (shape, name) -> what the output "y", or the gradient "d<input>", adds up; needed for implementations of
+            ours whose results are floating-point.
         bytes_moved, flops: (shape, dtype, passes) -> what a pass needs at least.
         passes: "forward" runs without autograd, "forward+backward" with all gradients; any other name runs as it is.
         dtypes: names by device.
@@ -105,6 +107,7 @@ class Bench:
     op: Function | None = None
     rivals: Mapping[str, Function] = field(default_factory=dict)
     exact: Function | None = None
+    sums: Callable[[Any, str], Sequence[Sum]] = lambda shape, name: ()
     passes: tuple[str, ...] = (FORWARD, FORWARD_BACKWARD)
     dtypes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32")}
@@ -226,7 +229,8 @@ def check_values(bench: Bench, case: Case, given: dict[str, Any]) -> Checked:
             if provider in bench.rivals:
                 assert_close(names, actual, exact)
             else:
-                assert_equal_or_within_budget(names, actual, low, exact)
+                sums = [bench.sums(shape, name) for name in names]
+                assert_equal_or_within_budget(names, actual, low, exact, sums)
             checked.calls[provider] = call
         except Exception as error:  # of whatever kind: it is told, and fails the test once the others are timed
             fate = checked.refused if bench.refuses(provider, error) else checked.failed
@@ -235,12 +239,16 @@ def check_values(bench: Bench, case: Case, given: dict[str, Any]) -> Checked:
 
 
 def assert_equal_or_within_budget(
-    names: list[str], actual: list[Tensor], low: list[Tensor], exact: list[Tensor]
+    names: list[str],
+    actual: list[Tensor],
+    low: list[Tensor],
+    exact: list[Tensor],
+    sums: list[Sequence[Sum]],
 ) -> None:
-    """Ours: to the bit for whole numbers, else inside the error budget."""
-    for name, got, same_dtype, want in zip(names, actual, low, exact):
+    """Ours: to the bit for whole numbers, else inside the error budget of what they add up."""
+    for name, got, same_dtype, want, added in zip(names, actual, low, exact, sums):
         if got.is_floating_point():
-            assert_within_budget(got, same_dtype, want, name=name)
+            assert_within_budget(got, same_dtype, want, *added, name=name)
         else:
             assert torch.equal(got, want), f"{name} differs from the definition"
 

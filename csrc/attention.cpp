@@ -58,7 +58,7 @@ inline uint64_t row_key(const Rows& r, int64_t i) {
   return splitmix64(splitmix64(r.seed) ^ ((head << 32) + static_cast<uint64_t>(i % r.rows)));
 }
 
-VATT_CLONES void softmax_row(const Rows r, int64_t i) {
+inline void softmax_row(const Rows r, int64_t i) {
   constexpr int64_t kLanes = 16;
   float* __restrict scores = r.scores + i * r.rows;
   float highest[kLanes], sums[kLanes] = {};
@@ -85,7 +85,7 @@ VATT_CLONES void softmax_row(const Rows r, int64_t i) {
   r.lse[i] = high + std::log(sum);
 }
 
-VATT_CLONES void gradient_row(const Rows r, int64_t i) {
+inline void gradient_row(const Rows r, int64_t i) {
   float* __restrict scores = r.scores + i * r.rows, * __restrict grads = r.grads + i * r.rows;
   const uint64_t key = row_key(r, i);
   const float lse = r.lse[i], delta = r.delta[i];
@@ -133,7 +133,7 @@ void for_rows(const Rows& r, int64_t heads, int num_threads, const Row& row) {
 
 void softmax(const TensorView& scores, const TensorView& lse, const TensorView& seed, int64_t head, double dropout_p,
              double scale, int num_threads) {
-  for_rows(rows_of(scores, lse, seed, head, dropout_p, scale), scores.shape[0], num_threads, softmax_row);
+  for_rows(rows_of(scores, lse, seed, head, dropout_p, scale), scores.shape[0], num_threads, clones<softmax_row>);
 }
 
 void gradients(const TensorView& scores, const TensorView& grads, const TensorView& lse, const TensorView& delta,
@@ -143,7 +143,7 @@ void gradients(const TensorView& scores, const TensorView& grads, const TensorVi
   VATT_CHECK(grads.shape[0] == scores.shape[0] && grads.shape[1] == scores.shape[1],
              "attention: grads must have the shape of scores, got " << grads.shape_text() << ".");
   r.delta = delta.as<float>();
-  for_rows(r, scores.shape[0], num_threads, gradient_row);
+  for_rows(r, scores.shape[0], num_threads, clones<gradient_row>);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "clones.h"
+
 namespace vatt {
 void bind_attention(pybind11::module_& m);
 void bind_color_jitter(pybind11::module_& m);
@@ -17,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native implementations of vatt_engine's ops; tensors come in as DLPack capsules.";
   m.attr("__version__") = VATT_VERSION;
   m.attr("has_cuda") = static_cast<bool>(VATT_HAS_CUDA);
+  m.attr("cpu_level") = vatt::cpu_level();
   m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
   vatt::bind_attention(m);
   vatt::bind_color_jitter(m);

@@ -86,7 +86,7 @@ inline uint8_t to_pixel(float color) {
 }
 
 // Contrast is the distance from the frame's own mean, so its colours are read twice.
-VATT_CLONES void jitter_frame(uint8_t* pixels, int64_t count, const ColorChange& change) {
+inline void jitter_frame(uint8_t* pixels, int64_t count, const ColorChange& change) {
   Colors colors{};
   std::array<float, 3> mean{};
   if (change.contrast != 1.0f) {
@@ -123,7 +123,8 @@ void color_jitter(const TensorView& frames, double brightness, double saturation
                            static_cast<float>(contrast), static_cast<float>(6 * hue)};
   const int64_t count = frames.shape[1] * frames.shape[2];
   py::gil_scoped_release release;
-  for (int64_t t = 0; t < frames.shape[0]; ++t) jitter_frame(frames.as<uint8_t>() + 3 * count * t, count, change);
+  for (int64_t t = 0; t < frames.shape[0]; ++t)
+    clones<jitter_frame>(frames.as<uint8_t>() + 3 * count * t, count, change);
 }
 
 }  // namespace

@@ -30,21 +30,6 @@ inline void drop(const T* __restrict x, T* __restrict out, int64_t begin, int64_
   }
 }
 
-VATT_CLONES void drop_float(const float* x, float* out, int64_t begin, int64_t end, uint64_t key, uint32_t dropped,
-                            float scale) {
-  drop(x, out, begin, end, key, dropped, scale);
-}
-
-VATT_CLONES void drop_half(const Half* x, Half* out, int64_t begin, int64_t end, uint64_t key, uint32_t dropped,
-                           float scale) {
-  drop(x, out, begin, end, key, dropped, scale);
-}
-
-VATT_CLONES void drop_bfloat16(const BFloat16* x, BFloat16* out, int64_t begin, int64_t end, uint64_t key,
-                               uint32_t dropped, float scale) {
-  drop(x, out, begin, end, key, dropped, scale);
-}
-
 void dropout(const TensorView& x, const TensorView& out, uint64_t key, uint32_t dropped, double scale,
              int num_threads) {
   const bool fits = x.is_float() && x.dtype == out.dtype && x.is_contiguous() && out.is_contiguous() &&
@@ -55,11 +40,11 @@ void dropout(const TensorView& x, const TensorView& out, uint64_t key, uint32_t 
   py::gil_scoped_release release;
   parallel_for(x.numel(), num_threads, kGrain, [&](int64_t begin, int64_t end) {
     if (x.dtype == DType::kFloat) {
-      drop_float(x.as<float>(), out.as<float>(), begin, end, key, dropped, factor);
+      clones<drop<float>>(x.as<float>(), out.as<float>(), begin, end, key, dropped, factor);
     } else if (x.dtype == DType::kHalf) {
-      drop_half(x.as<Half>(), out.as<Half>(), begin, end, key, dropped, factor);
+      clones<drop<Half>>(x.as<Half>(), out.as<Half>(), begin, end, key, dropped, factor);
     } else {
-      drop_bfloat16(x.as<BFloat16>(), out.as<BFloat16>(), begin, end, key, dropped, factor);
+      clones<drop<BFloat16>>(x.as<BFloat16>(), out.as<BFloat16>(), begin, end, key, dropped, factor);
     }
   });
 }

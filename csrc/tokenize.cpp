@@ -58,8 +58,8 @@ void convert(uint8_t in, BFloat16* out) { *out = from_float<BFloat16>(scale_pixe
 void convert(float in, float* out) { *out = in; }
 void convert(float in, BFloat16* out) { *out = from_float<BFloat16>(in); }
 
-// The runs of one patch. What it calls is inlined, and so compiled anew in every clone below. Runs lie a row of pixels
-// apart, too far for the hardware to fetch them ahead: the next patch is asked for meanwhile.
+// The runs of one patch. They lie a row of pixels apart, too far for the hardware to fetch them ahead: the next patch
+// is asked for meanwhile.
 template <typename In, typename Out>
 inline void copy_runs(const PatchParams& p, const Piece& piece, const Source& source, const Source& next,
                       Out* __restrict out) {
@@ -82,14 +82,8 @@ inline void copy_runs(const PatchParams& p, const Piece& piece, const Source& so
   }
 }
 
-VATT_CLONES void copy_patch(const PatchParams& p, const Piece& piece, const Source& source, const Source& next,
-                            float* out) {
-  p.video_dtype == DType::kUInt8 ? copy_runs<uint8_t>(p, piece, source, next, out)
-                                 : copy_runs<float>(p, piece, source, next, out);
-}
-
-VATT_CLONES void copy_patch(const PatchParams& p, const Piece& piece, const Source& source, const Source& next,
-                            BFloat16* out) {
+template <typename Out>
+inline void copy_patch(const PatchParams& p, const Piece& piece, const Source& source, const Source& next, Out* out) {
   p.video_dtype == DType::kUInt8 ? copy_runs<uint8_t>(p, piece, source, next, out)
                                  : copy_runs<float>(p, piece, source, next, out);
 }
@@ -106,7 +100,7 @@ void write_patches(const PatchParams& p, const Piece& piece, const std::vector<S
       if (sources[i].agg) {
         std::fill_n(out + i * size, size, Out{});
       } else {
-        copy_patch(p, piece, sources[i], sources[std::min(i + 1, end - 1)], out + i * size);
+        clones<copy_patch<Out>>(p, piece, sources[i], sources[std::min(i + 1, end - 1)], out + i * size);
       }
     }
   });

@@ -15,7 +15,7 @@ from vatt_engine.collectives import all_reduce_sum
 from vatt_engine.dispatch import use_impl
 from vatt_engine.losses import LossConfig, VATTLoss
 from vatt_engine.ops.nce import FORMS
-from vatt_engine.testing import impls_of, randn
+from vatt_engine.testing import Sum, assert_same_sums, impls_of, randn, sum_budget
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "e_objectives_nce_milnce.npz"))
 OFFICIAL = {"asym": "joint", "sym": "symmetric"}
@@ -30,6 +30,14 @@ MASKS = {
     "empty_rank": [1, 0, 1, 1, 0, 0, 1, 0],  # nothing for the third of four ranks
     "empty": [0] * ROWS,
 }
+
+
+def rounding(dim, temperature, size=1.0, dtype=torch.float32):
+    """What two ways to compute a loss may differ by: four similarities, each a sum of D products that comes to 1 / t,
+    and the exponentials of a row and a column, which come to 1. A gradient's G is off in proportion to its size.
+    """
+    sums = Sum(2 * dim, 4 * size / temperature), Sum(2 * 8 * ROWS, size)
+    return sum_budget(*sums, dtype=dtype)
 
 
 def golden(key):
@@ -174,7 +182,8 @@ def errors(tmp_path_factory):
 def test_official_numbers_on_two_ranks(errors, impl, official, case):
     found = {name: e for name, e in errors.items() if name.startswith(f"golden/{impl}/{official}/{case}/")}
     assert len(found) == 7
-    assert all(error <= (1e-4 if "grad" in name else 1e-5) for name, error in found.items()), found
+    of_losses, of_gradients = rounding(16, 0.07), rounding(16, 0.07, 1.0)  # these are relative to the largest
+    assert all(error <= (of_gradients if "grad" in name else of_losses) for name, error in found.items()), found
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -182,7 +191,8 @@ def test_official_numbers_on_two_ranks(errors, impl, official, case):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("impl", [*IMPLS, "ring"])
 def test_any_number_of_ranks_is_one_batch(errors, impl, world, form, mask):
-    assert errors[f"one batch/{impl}/{world}/{form}/{mask}"] < 1e-13
+    largest = 1 / 0.1  # of a gradient: G and a row of size 1 over t
+    assert errors[f"one batch/{impl}/{world}/{form}/{mask}"] < rounding(6, 0.1, largest, torch.float64)
 
 
 def test_a_ring_holds_no_other_ranks_side(errors):
@@ -190,7 +200,7 @@ def test_a_ring_holds_no_other_ranks_side(errors):
 
 
 def test_averaged_parameter_gradients_are_those_of_the_global_loss(errors):
-    assert errors["ddp"] < 1e-13
+    assert errors["ddp"] < rounding(6, 0.07, 1 / 0.07, torch.float64)
 
 
 # --------------------------------------------------------------------------------------------------- one process
@@ -207,7 +217,7 @@ def test_official_numbers_on_one_process(impl, official, case, average):
         terms = VATTLoss(LossConfig(form=OFFICIAL[official], average=average))(embeddings, text_mask=mask)
     for name, key in (("total", "loss"), ("video_audio", "vidaud"), ("video_text", "vidtxt")):
         want = golden(f"{official}_single_replica/{case}/{key}")
-        assert (getattr(terms, name) - want).abs() <= 1e-5, name
+        assert (getattr(terms, name) - want).abs() <= rounding(16, 0.07), name
 
 
 def embeddings(dtype=torch.float32):
@@ -252,7 +262,7 @@ def test_learnable_temperature():
     assert loss.temperature().item() == pytest.approx(0.2)
     fixed = VATTLoss(LossConfig(temperature=0.2))
     assert list(fixed.parameters()) == []
-    assert loss(embeddings()).total.item() == pytest.approx(fixed(embeddings()).total.item(), rel=1e-6)
+    assert loss(embeddings()).total.item() == pytest.approx(fixed(embeddings()).total.item(), abs=rounding(8, 0.2))
     low, high = (VATTLoss(LossConfig(temperature=0.2 * factor))(embeddings()).total for factor in (0.999, 1.001))
     slope = (high - low).item() / (math.log(1.001) - math.log(0.999))
     loss(embeddings()).total.backward()
@@ -286,7 +296,8 @@ def test_compiles():
         loss = VATTLoss(LossConfig(learnable_temperature=learnable))
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         mask = torch.tensor([True, True, False, True])
-        torch.testing.assert_close(compiled(embeddings(), text_mask=mask), loss(embeddings(), text_mask=mask))
+        for got, want in zip(compiled(embeddings(), text_mask=mask), loss(embeddings(), text_mask=mask)):
+            assert_same_sums(got, want, Sum(8, 4 / 0.07))
 
 
 def test_rejects_a_bad_configuration():

@@ -1,5 +1,6 @@
 """The native module: what it needs (nothing), what it refuses, and what nvcc made of its kernels."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -41,6 +42,54 @@ def test_says_what_it_is():
     assert vatt_engine.__version__ == version
     assert isinstance(_C.has_cuda, bool)
     assert bool(_C.cuda_archs) == _C.has_cuda
+
+
+# What runs in clones: tokenize's patches, dropout, attention's softmax and its gradient, the colours of frames.
+IN_CLONES = """
+import hashlib, torch
+from torch.utils.dlpack import to_dlpack
+from vatt_engine import _C
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+outputs = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x = draw(3, 1001, dtype=dtype)
+    outputs.append(torch.empty_like(x))
+    _C.dropout(to_dlpack(x), to_dlpack(outputs[-1]), 12345, 1 << 29, 1.25, 1)
+scores, grads, lse, seed = draw(2, 37, 37), draw(2, 37, 37) + 1, draw(2, 37), torch.tensor(3)
+places = [to_dlpack(x) for x in (scores, grads, lse, draw(2, 37), seed)]
+again = scores.clone()
+_C.attention_softmax(to_dlpack(again), to_dlpack(torch.empty_like(lse)), places[4], 0, 0.1, 0.25, 1)
+_C.attention_gradients(*places, 0, 0.1, 0.25, 1)
+frames = (100 * draw(2, 31, 33, 3)).abs().to(torch.uint8)
+video, patches = frames.clone()[None], torch.empty(50, 108)
+_C.tokenize_patches(to_dlpack(video), None, None, None, to_dlpack(patches), [30, 30], [2, 6, 3], False, 0, 0, 1)
+_C.color_jitter(to_dlpack(frames), 0.1, 1.3, 0.7, 0.13)
+outputs += [again, scores, grads, frames, patches]
+print(_C.cpu_level, *(hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest() for x in outputs))
+"""
+
+
+def in_clones(level):
+    command = [sys.executable, "-c", IN_CLONES]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"VATT_CPU_LEVEL": level}, cwd=ROOT)
+
+
+def test_every_level_of_the_instruction_set_gives_the_same_bits():
+    """The clones have no fused products and no reordered sums: which one runs is a matter of speed alone."""
+    best, *others = (in_clones(level).stdout.split() for level in ("4", "3", "1"))
+    assert others[1][0] == "1"
+    assert int(others[1][0]) <= int(others[0][0]) <= int(best[0]) <= 4
+    assert len(best) == 9
+    assert best[1:] == others[0][1:] == others[1][1:]
+
+
+def test_a_level_that_does_not_exist_is_refused():
+    run = in_clones("avx2")
+    assert run.returncode != 0
+    assert "VATT_CPU_LEVEL must be 4 (AVX-512), 3 (AVX2) or 1, got avx2." in run.stderr
 
 
 def arguments():

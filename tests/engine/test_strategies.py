@@ -21,9 +21,15 @@ from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig, VATTLoss
 from vatt_engine.models import create_model
+from vatt_engine.testing import Sum, sum_budget, transformer_terms
 
 ROWS, STEPS = 12, 10
-STEP_TOLERANCE = 1e-6  # of the losses, relative
+# What a gradient of `model` adds up: in forward and again in backward a patch of 4 x 8 x 8 pixels, a layer and three
+# heads, and then the rows of all samples. Two ways to do so may differ by this share of the largest gradient.
+ONE_WAY = 768 + transformer_terms(layers=1, dim=32, ff_dim=48, tokens=17) + 3 * 32
+GRADIENT_TOLERANCE = sum_budget(Sum(2 * (2 * ONE_WAY + ROWS * 17)))
+# A loss is a mean over samples and candidates, whose roundings are independent, and a few roundings of its own.
+STEP_TOLERANCE = 1e-6  # relative
 # (strategy, parts, clip norm, offload) by number of ranks
 CASES = {
     1: [("single", 2, 0.0), ("single", 3, 0.5), ("zero2", 3, 0.5, True)],
@@ -207,7 +213,7 @@ def test_ranks_and_parts_are_one_batch(ranks):
     for every in zip(*(r.items() for r in ranks), strict=True):
         for name, found in every:
             assert found["losses"] < STEP_TOLERANCE, (name, found)
-            assert found.get("gradients", 0.0) < 2e-6, (name, found)
+            assert found.get("gradients", 0.0) < GRADIENT_TOLERANCE, (name, found)
             assert found.get("graph that changes", 0.0) < STEP_TOLERANCE, (name, found)
 
 

@@ -11,7 +11,7 @@ from vatt_engine.interop import load_t5, load_tf_vatt, t5_config
 from vatt_engine.models import build_model
 from vatt_engine.models.config import EncoderConfig, TextConfig
 from vatt_engine.models.text import TextEncoder
-from vatt_engine.testing import assert_within_budget, gradients, randn
+from vatt_engine.testing import Sum, assert_same_sums, assert_within_budget, gradients, randn, transformer_terms
 
 transformers = pytest.importorskip("transformers")
 SIZES = {"vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 3, "num_heads": 4}
@@ -52,8 +52,11 @@ def test_equal_outputs_and_gradients(num_words, agg):
     reference_table = reference_table.relative_attention_bias.weight
     grad, reference_grad = gradients(ours, [table])[0], gradients(reference, [reference_table])[0]
     exact = outputs(model.double(), ids, agg)
-    assert_within_budget(ours, reference, exact, name="output")
-    assert_within_budget(grad, reference_grad, gradients(exact, [reference_table])[0], name="bias gradient")
+    terms = transformer_terms(layers=3, dim=32, ff_dim=40, tokens=num_words + 1)
+    assert_within_budget(ours, reference, exact, Sum(terms), name="output")
+    exact_grad = gradients(exact, [reference_table])[0]  # a sum over pairs of words of what went both ways
+    pairs = 4 * (num_words + 1) ** 2
+    assert_within_budget(grad, reference_grad, exact_grad, Sum(2 * terms + pairs), name="bias gradient")
 
 
 def test_a_whole_t5_and_a_model_by_name():
@@ -62,7 +65,8 @@ def test_a_whole_t5_and_a_model_by_name():
     encoder = build_model(EncoderConfig(name="t5", modality="text", text=t5_config(weights))).eval()
     assert load_t5(encoder, weights).complete
     whole = whole.bfloat16().float()
-    torch.testing.assert_close(encoder(words(16)), outputs(whole.get_encoder(), words(16), 1))
+    terms = transformer_terms(layers=3, dim=32, ff_dim=40, tokens=17)
+    assert_same_sums(encoder(words(16)), outputs(whole.get_encoder(), words(16), 1), Sum(terms))
 
 
 def test_published_sizes():

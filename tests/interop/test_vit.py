@@ -13,11 +13,14 @@ from vatt_engine.models import build_model
 from vatt_engine.models.config import EncoderConfig, VideoConfig
 from vatt_engine.models.embeddings import PositionEmbedding, resample_frame, resample_table
 from vatt_engine.models.vatt import PatchEncoder
-from vatt_engine.testing import assert_within_budget, randn
+from vatt_engine.testing import Sum, assert_same_sums, assert_within_budget, randn, transformer_terms
 
 transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 SIZES |= {"image_size": 32, "patch_size": 8}
+PATCH = Sum(12 * 8 * 8 * 3 + 2)  # at most twelve frames, bias and position
+SPLINE = Sum(4 + 4 + 2)  # places along each axis, and the other axes
+TOWER = Sum(PATCH.terms + transformer_terms(layers=2, dim=24, ff_dim=40, tokens=17) + 24)  # and the head
 
 
 def theirs(kind=None, **changes):
@@ -74,7 +77,7 @@ def test_equal_output_on_a_static_clip_of_one_step(naming, eps):
     assert load_vit(tower, weights).complete
     image = randn(3, 3, 32, 32, seed=99)
     ours, reference = tower(static(image, 4)), model(image).last_hidden_state
-    assert_within_budget(ours, reference, model.double()(image.double()).last_hidden_state)
+    assert_within_budget(ours, reference, model.double()(image.double()).last_hidden_state, TOWER)
 
 
 def test_equal_tokens_at_every_step_of_a_static_clip():
@@ -85,9 +88,9 @@ def test_equal_tokens_at_every_step_of_a_static_clip():
     reference, exact = model.embeddings(image), model.double().embeddings(image.double())
     tokens = tower.stem(static(image, 12))
     assert tokens.shape[1] == 1 + 6 * 16
-    assert_within_budget(tokens[:, :1], reference[:, :1], exact[:, :1], name="AGG")
+    assert_within_budget(tokens[:, :1], reference[:, :1], exact[:, :1], PATCH, name="AGG")
     for step, part in enumerate(tokens[:, 1:].split(16, dim=1)):
-        assert_within_budget(part, reference[:, 1:], exact[:, 1:], name=f"step {step}")
+        assert_within_budget(part, reference[:, 1:], exact[:, 1:], PATCH, name=f"step {step}")
 
 
 def test_a_classifier_in_bfloat16():
@@ -98,7 +101,7 @@ def test_a_classifier_in_bfloat16():
     image = randn(2, 3, 32, 32, seed=99)
     model = model.float()
     logits, exact = model(image).logits, model.double()(image.double()).logits
-    assert_within_budget(ours(static(image, 4)), logits, exact)
+    assert_within_budget(ours(static(image, 4)), logits, exact, TOWER)
     report = load_vit(ours.encoder, model.state_dict(), strict=False)
     assert report.unused == ["classifier.bias", "classifier.weight"]
     assert not report.missing
@@ -126,11 +129,11 @@ def test_another_frame_is_resampled_and_nothing_else():
     same_size = PatchEncoder(config)
     load_vit(same_size, weights, resample_positions=True)
     positions = weights["embeddings.position_embeddings"][0]
-    torch.testing.assert_close(larger.stem.position.tables[1], resample_frame(positions[1:], (4, 4), (5, 6)))
+    assert_same_sums(larger.stem.position.tables[1], resample_frame(positions[1:], (4, 4), (5, 6)), SPLINE)
     assert torch.equal(same_size.stem.position.tables[1], positions[1:])
     assert torch.equal(larger.stem.agg, same_size.stem.agg)
     # The same at run time: a tower of 4 x 4 places on a clip of 5 x 6.
-    torch.testing.assert_close(same_size.stem.position((8, 5, 6)), larger.stem.position((8, 5, 6)))
+    assert_same_sums(same_size.stem.position((8, 5, 6)), larger.stem.position((8, 5, 6)), SPLINE)
 
 
 def vars_of(config):
@@ -142,7 +145,7 @@ def test_a_frame_of_sums_is_resampled_like_its_axes():
     rows, columns, times = randn(4, 6), randn(3, 6, seed=1), randn(2, 6, seed=2)
     table = (rows[:, None] + columns).flatten(0, 1)
     expected = resample_table(rows, 7)[:, None] + resample_table(columns, 5)
-    torch.testing.assert_close(resample_frame(table, (4, 3), (7, 5)), expected.flatten(0, 1))
+    assert_same_sums(resample_frame(table, (4, 3), (7, 5)), expected.flatten(0, 1), SPLINE)
     position = VideoConfig().position
     by_axis = PositionEmbedding((2, 4, 3), 6, position)
     by_frame = PositionEmbedding((2, 4, 3), 6, type(position)(tables="frame"))
@@ -150,7 +153,7 @@ def test_a_frame_of_sums_is_resampled_like_its_axes():
         for own, values in zip([*by_axis.tables, *by_frame.tables], [times, rows, columns, times, table]):
             own.copy_(values)
     for grid in ((2, 4, 3), (3, 7, 5)):
-        torch.testing.assert_close(by_frame(grid), by_axis(grid))
+        assert_same_sums(by_frame(grid), by_axis(grid), SPLINE)
 
 
 def test_refusals():

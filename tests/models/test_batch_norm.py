@@ -8,9 +8,10 @@ from ranks import run_ranks
 from torch import distributed as dist
 
 from vatt_engine.models.heads import SyncBatchNorm
-from vatt_engine.testing import gradients, randn
+from vatt_engine.testing import Sum, assert_same_sums, gradients, randn
 
 ROWS, DIM = 12, 5
+OVER_ROWS = Sum(5 * ROWS)  # the mean, the variance, and three sums in backward
 
 
 def step(x: torch.Tensor, weights: torch.Tensor) -> dict[str, list]:
@@ -30,17 +31,20 @@ def on_a_rank() -> dict[str, list]:
     return step(x[part], weights[part])
 
 
+def double(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_equal_one_batch(world_size, tmp_path):
-    whole = {name: torch.tensor(value, dtype=torch.float64) for name, value in on_a_rank().items()}
+    whole = {name: double(value) for name, value in on_a_rank().items()}
     parts = run_ranks("models.test_batch_norm:on_a_rank", world_size, tmp_path)
     for rank, part in enumerate(parts):
         for name in ("y", "dx"):
-            assert torch.allclose(torch.tensor(part[name]).double(), whole[name][rank::world_size], atol=1e-12), name
+            assert_same_sums(double(part[name]), whole[name][rank::world_size], OVER_ROWS, name=name)
         for name in ("mean", "var"):
-            assert torch.allclose(torch.tensor(part[name]).double(), whole[name], atol=1e-12), name
-    summed = sum(torch.tensor(part["dweight"]).double() for part in parts)
-    assert torch.allclose(summed, whole["dweight"], atol=1e-12)
+            assert_same_sums(double(part[name]), whole[name], OVER_ROWS, name=name)
+    assert_same_sums(sum(double(part["dweight"]) for part in parts), whole["dweight"], OVER_ROWS)
 
 
 def test_matches_torch_except_the_running_variance():
@@ -48,16 +52,16 @@ def test_matches_torch_except_the_running_variance():
     ours, theirs = SyncBatchNorm(DIM), torch.nn.BatchNorm1d(DIM, momentum=0.1)
     x = randn(ROWS, DIM).requires_grad_()
     y, expected = ours(x), theirs(x)
-    assert torch.allclose(y, expected, atol=1e-6)
-    assert torch.allclose(gradients(y, [x])[0], gradients(expected, [x])[0], atol=1e-5)
-    assert torch.allclose(ours.running_mean, theirs.running_mean)
+    assert_same_sums(y, expected, OVER_ROWS)
+    assert_same_sums(gradients(y, [x])[0], gradients(expected, [x])[0], OVER_ROWS)
+    assert_same_sums(ours.running_mean, theirs.running_mean, OVER_ROWS)
     biased = 0.9 + 0.1 * x.detach().var(0, correction=0)
-    assert torch.allclose(ours.running_var, biased)
+    assert_same_sums(ours.running_var, biased, OVER_ROWS)
     assert not torch.allclose(theirs.running_var, biased)
 
 
 def test_candidates_are_rows():
     norm = SyncBatchNorm(DIM)
     x = randn(4, 3, DIM)
-    assert torch.allclose(norm(x).view(12, DIM), SyncBatchNorm(DIM)(x.view(12, DIM)))
+    assert_same_sums(norm(x).view(12, DIM), SyncBatchNorm(DIM)(x.view(12, DIM)), OVER_ROWS)
     assert norm.eval()(x.bfloat16()).dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from vatt_engine.models.config import AudioConfig, PositionConfig, TransformerCo
 from vatt_engine.models.embeddings import PositionEmbedding, SpectrogramPatch, resample_table
 from vatt_engine.models.spectrogram import mel_spectrogram
 from vatt_engine.models.vatt import PatchEncoder
+from vatt_engine.testing import Sum, assert_same_formula, assert_same_sums
 
 
 @pytest.mark.parametrize(("points", "queries"), [(14, 20), (8, 4), (2, 7), (8, 1), (14, 24), (1, 3)])
@@ -29,7 +30,7 @@ def test_resampling_is_the_cubic_polyharmonic_spline(points, queries):
     for j in range(queries):
         q = j / queries
         basis = torch.tensor([abs(q - a) ** 3 for a in x] + [q, 1.0], dtype=torch.float64)
-        assert torch.allclose(resampled[j], basis @ weights, atol=1e-9)
+        assert_same_formula(resampled[j], basis @ weights)
 
 
 def test_resampling_keeps_lines_and_extrapolates():
@@ -60,16 +61,16 @@ def test_spectrogram_patches_are_a_strided_convolution():
     spectrogram = torch.randn(2, 18, 20)  # two steps are left over
     kernel = patch.weight.view(6, 1, 4, 5)
     expected = torch.nn.functional.conv2d(spectrogram[:, None], kernel, patch.bias, stride=(4, 5))
-    assert torch.allclose(patch(spectrogram, None), expected.flatten(2).transpose(1, 2), atol=1e-5)
+    assert_same_sums(patch(spectrogram, None), expected.flatten(2).transpose(1, 2), Sum(4 * 5 + 1))
 
 
 @pytest.mark.parametrize("num_points", [2, 14, 1200])
 def test_spline_goes_through_its_knots_at_any_size(num_points):
     table = torch.randn(num_points, 4, dtype=torch.float64)
-    assert torch.allclose(resample_table(table, 2 * num_points)[::2], table, rtol=0, atol=1e-12)
+    assert_same_sums(resample_table(table, 2 * num_points)[::2], table, Sum(num_points))
     straight = torch.arange(num_points, dtype=torch.float64)[:, None] / num_points
     expected = torch.arange(num_points + 7, dtype=torch.float64)[:, None] / (num_points + 7)
-    assert torch.allclose(resample_table(straight, num_points + 7), expected, rtol=0, atol=1e-12)
+    assert_same_sums(resample_table(straight, num_points + 7), expected, Sum(num_points))
 
 
 def test_mel_spectrogram_finds_a_tone():

@@ -14,7 +14,7 @@ from vatt_engine import dispatch, ops
 from vatt_engine.dispatch import available_impls, use_impl
 from vatt_engine.ops.drop_token import _bwd, _fwd, _sample, drop_token_reference
 from vatt_engine.splitmix import splitmix64
-from vatt_engine.testing import assert_within_budget, gradients, impls_of, randn
+from vatt_engine.testing import Sum, assert_within_budget, gradients, impls_of, randn
 
 # batch, tokens, width, kept: the first rows fill 16-byte units, the others do not
 CASES = [(2, 1568, 16, 784), (1, 1, 1, 1), (3, 37, 5, 37), (2, 13, 7, 1), (2, 70, 33, 64), (0, 3, 4, 2)]
@@ -38,7 +38,7 @@ def check_against_reference(impl, x, keep):
         low, want = ops.drop_token(x, keep), ops.drop_token(exact, keep)
         low_dx, want_dx = gradients(low, [x])[0], gradients(want, [exact])[0]
     assert torch.equal(y, drop_token_reference(x, keep))  # nothing is computed, so nothing is rounded
-    assert_within_budget(dx, low_dx, want_dx, name="dx")
+    assert_within_budget(dx, low_dx, want_dx, Sum(keep.shape[-1]), name="dx")  # rows that may all be one token's
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

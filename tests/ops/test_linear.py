@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vatt_engine import ops
-from vatt_engine.testing import assert_within_budget, gradients, randn
+from vatt_engine.testing import Sum, assert_same_sums, assert_within_budget, gradients, randn
 
 SIZES = [((5, 7, 33), 17), ((64,), 24), ((0, 3, 8), 4), ((2, 1), 1), ((257, 96), 63)]
 
@@ -32,10 +32,11 @@ def both_passes(function, given):
 
 def check(function, given):
     exact = both_passes(F.linear, [t.detach().double().requires_grad_() for t in given])
-    for name, *three in zip(
-        ("y", "x", "weight", "bias"), both_passes(function, given), both_passes(F.linear, given), exact
-    ):
-        assert_within_budget(*three, name=name)
+    out, width = given[1].shape
+    rows = given[0].numel() // width
+    terms = {"y": width + 1, "x": out, "weight": rows, "bias": rows}
+    for (name, count), *three in zip(terms.items(), both_passes(function, given), both_passes(F.linear, given), exact):
+        assert_within_budget(*three, Sum(count), name=name)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e12])
@@ -58,8 +59,8 @@ def test_rows_of_a_view_in_bfloat16(amx):
     whole = view.detach().contiguous().requires_grad_()
     given = weight[:, ::2].detach().requires_grad_(), bias
     for got, want in zip(both_passes(ops.linear, [view, *given]), both_passes(ops.linear, [whole, *given])):
-        assert torch.equal(got, want)
         assert got.dtype == want.dtype
+        assert_same_sums(got, want, Sum(20 * 5))  # the longest, over rows
 
 
 def test_everywhere_else_it_is_torchs(amx):

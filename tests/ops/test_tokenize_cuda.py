@@ -8,7 +8,7 @@ from cuda_emulator import CSRC, Guarded, build
 from torch.utils.dlpack import to_dlpack
 
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
-from vatt_engine.testing import assert_within_budget, randn
+from vatt_engine.testing import Sum, assert_within_budget, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -153,12 +153,24 @@ def backward_reference(case, dtype, weight_dtype, exact=False):
     return tokenize_bwd_reference(grad, make_video(case), *where_of(case), case.agg, *dtypes, needs)[0]
 
 
+def token_sum(case):
+    """A token adds up its patch, bias and position; weights are of size volume^-1/2, pixels of 1."""
+    return Sum(case.volume + 2, 4.0)
+
+
+def gradient_sum(case):
+    """Rows of gradients, of size 1 as pixels are."""
+    rows = case.shape[0] * (case.num_tokens if case.kept is None else case.kept)
+    return Sum(rows, 2 * rows**0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(kernels, case, dtype):
     kernels.take_counts()
     actual = forward(kernels, case, dtype)
-    assert_within_budget(actual, forward_reference(case, dtype), forward_reference(case, dtype, torch.float64))
+    exact = forward_reference(case, dtype, torch.float64)
+    assert_within_budget(actual, forward_reference(case, dtype), exact, token_sum(case))
     assert kernels.take_counts().get("ldmatrix bank conflicts", 0) == 0
 
 
@@ -169,7 +181,7 @@ def test_backward(kernels, case, dtype):
     kernels.take_counts()
     actual = backward(kernels, case, dtype, weight_dtype)
     references = [backward_reference(case, dtype, weight_dtype, exact) for exact in (False, True)]
-    assert_within_budget(actual, *references, name="dweight")
+    assert_within_budget(actual, *references, gradient_sum(case), name="dweight")
     assert kernels.take_counts().get("ldmatrix bank conflicts", 0) == 0
 
 
@@ -201,7 +213,7 @@ def test_every_pixel_value(kernels, dtype):
     tensors = (video, weight, *nothing, out)
     kernels.tokenize_fwd_cuda("mma", *map(capsule, tensors), [1, 256], [1, 1, 256], 0)
     exact = torch.arange(256.0, dtype=torch.float64) * 2 / 255 - 1
-    assert_within_budget(out.flatten(), exact.float(), exact)
+    assert_within_budget(out.flatten(), exact.float(), exact, Sum(256))
 
 
 @pytest.mark.parametrize(("front", "offset"), [(False, 0), (True, 0), (True, 1), (True, 2), (True, 3)])
@@ -243,12 +255,11 @@ def test_offsets_beyond_32_bits(kernels):
     where = (None, None, None, [8, 16], [2, 8, 16])
     near = make_video(case)
     expected = tokenize_reference(near, weight.double(), None, None, None, *where, torch.float64)
-    assert_within_budget(
-        out, tokenize_reference(near, weight, None, None, None, *where, torch.bfloat16).float(), expected
-    )
+    low = tokenize_reference(near, weight, None, None, None, *where, torch.bfloat16).float()
+    assert_within_budget(out, low, expected, token_sum(case))
     needs = [True, False, False, False]
     expected = tokenize_bwd_reference(grad.double(), near, *where, False, torch.float64, torch.float64, needs)[0]
-    assert_within_budget(dweight[0], expected.float(), expected)
+    assert_within_budget(dweight[0], expected.float(), expected, gradient_sum(case))
 
 
 FWD = {

@@ -18,6 +18,7 @@ LOW = {
     "faults",
     "schema",
     "dispatch",
+    "refusals",
     "splitmix",
 }  # any room may import these; they import only each other
 ROOMS = {

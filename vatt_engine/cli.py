@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from vatt_engine.refusals import describe
 from vatt_engine.schema import ConfigError, nearest
 
 VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
@@ -67,15 +68,6 @@ def usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
     return "\n".join(["usage: vatt VERB ...", "", *lines, "", "`vatt VERB --help` shows what a verb takes."])
-
-
-def describe(error: Exception) -> str:
-    """An error as the user should read it: its own words, or the file and what the system says about it."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or type(error).__name__}."
-    if isinstance(error, ModuleNotFoundError):
-        return f"vatt: the package {error.name} must be installed, got none. Run `pip install {error.name}`."
-    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,49 +24,98 @@ class ManifestError(ValueError):
 
 
 @contextmanager
-def opened(path: Path, what: str) -> Iterator[TextIO]:
-    """The text of a UTF-8 file, with or without a byte-order mark, its line ends as they are."""
+def opened(path: Path, what: str, watch: Callable[[int], None] | None = None) -> Iterator[TextIO]:
+    """The text of a UTF-8 file, with or without a byte-order mark, its line ends as they are; `.gz` is unpacked.
+
+    Args:
+        what: the file's part in the command, for messages.
+        watch: told how many bytes were read from the disk, each time that some are.
+    """
     if not os.path.isfile(path):
         found = "a folder" if os.path.isdir(path) else "no such file"
         raise ManifestError(f"{path}: {what} must be a file, got {found}. Give its full name.")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _binary(path, watch) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as refusal:
         text = "be UTF-8, got other bytes"
         raise fault(path, _line_of_bad_text(path), "the text", text, "Save it as UTF-8.") from refusal
+    except (gzip.BadGzipFile, EOFError, zlib.error) as refusal:
+        raise ManifestError(f"{path}: {what} must be a whole gzip file, got an error: {refusal}.") from refusal
     except OSError as refusal:
         raise ManifestError(f"{path}: {what} must be readable, got {refusal.strerror}.") from refusal
 
 
-def csv_rows(
-    path: Path, file: Iterable[str], header: Iterable[str] = (), comment: str | None = None, **dialect: Any
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, cells by column) of a CSV file; its first row names the columns unless `header` does.
+def first_line(path: Path, limit: int = 2**16) -> str:
+    """The first line that holds any text, or the first `limit` bytes of it; nothing where the file cannot be read.
 
-    Args:
-        comment: rows that begin with this are passed over.
-        dialect: as csv.reader takes it.
+    It tells what a file is. So bytes that are no UTF-8 are replaced here and refused where the file is read.
     """
-    reader, header, line = csv.reader(file, strict=True, **dialect), list(header), 1
+    try:
+        with _binary(path) as file:
+            text = file.read(limit).decode("utf-8-sig", errors="replace")
+    except (OSError, EOFError, zlib.error):
+        return ""
+    return next((line.strip() for line in io.StringIO(text, newline=None) if line.strip()), "")
+
+
+class _Watched(io.FileIO):
+    """A file that tells how many bytes were read from it."""
+
+    def __init__(self, path: Path, watch: Callable[[int], None]):
+        super().__init__(path)
+        self._watch = watch
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._watch(count)
+        return count
+
+
+@contextmanager
+def _binary(path: Path, watch: Callable[[int], None] | None = None) -> Iterator[Any]:
+    raw = io.BufferedReader(_Watched(path, watch) if watch else io.FileIO(path), 2**18)
+    with raw:
+        yield gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+
+
+def csv_cells(path: Path, file: Iterable[str], **dialect: Any) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of a CSV file, without its empty lines; `dialect` as csv.reader takes it."""
+    reader, line = csv.reader(file, strict=True, **dialect), 1
     try:
         for cells in reader:
             begin, line = line, reader.line_num + 1
-            if not cells or (comment and cells[0].startswith(comment)):
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise fault(path, begin, "the header", f"have each column once, got {twice[0]!r} twice")
-                yield begin, dict(zip(header, header))
-            elif len(cells) != len(header):
-                text = f"have {len(header)} cells ({', '.join(header)}), got {len(cells)}"
-                raise fault(path, begin, "the row", text, "Quote a text that holds the delimiter.")
-            else:
-                yield begin, dict(zip(header, cells))
+            if cells:
+                yield begin, cells
     except csv.Error as refusal:
         raise fault(path, line, "the row", f"be valid CSV, got an error: {refusal}") from refusal
+
+
+def csv_rows(path: Path, file: Iterable[str], **dialect: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, cells by column) of a CSV file, whose first row names the columns; `dialect` as csv.reader takes it.
+
+    Empty cells behind the last column, which spreadsheets write, are passed over.
+    """
+    header: list[str] = []
+    for line, cells in csv_cells(path, file, **dialect):
+        if not header:
+            header = _trimmed([cell.strip() for cell in cells], 1)
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise fault(path, line, "the header", f"have each column once, got {twice[0]!r} twice")
+            yield line, dict(zip(header, header))
+        elif len(cells := _trimmed(cells, len(header))) != len(header):
+            text = f"have {len(header)} cells ({', '.join(header)}), got {len(cells)}"
+            raise fault(path, line, "the row", text, "Quote a text that holds the delimiter.")
+        else:
+            yield line, dict(zip(header, cells))
+
+
+def _trimmed(cells: list[str], count: int) -> list[str]:
+    """Without the empty cells at the end, as long as there are more than `count`."""
+    while len(cells) > count and not cells[-1].strip():
+        cells.pop()
+    return cells
 
 
 def parse_json(path: Path, line: int, field: str, text: str) -> Any:
@@ -201,7 +253,7 @@ def fault(path: Path, line: int | str, field: str, text: str, hint: str = "") ->
 
 
 def _line_of_bad_text(path: Path) -> int:
-    with path.open("rb") as file:
+    with _binary(path) as file:
         for line, content in enumerate(file, 1):
             try:
                 content.decode()

@@ -19,7 +19,7 @@ from vatt_engine.data.shards import INDEX, json_line, key_of, read_index, read_s
 from vatt_engine.data.workers import Workers
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.flags import parse_flags
-from vatt_engine.tasks.prepare import Progress
+from vatt_engine.tasks.progress import Progress
 
 PART_SECONDS = 10.0  # decoded at a time: long files need no more memory than short ones
 AT_ONCE = 1_000  # samples

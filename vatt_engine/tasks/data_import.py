@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vatt_engine.data.datasets import DATASETS, import_dataset
+from vatt_engine.data.datasets import DATASETS, Imported, import_dataset
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.progress import Reading
 
 Name = Literal[tuple(DATASETS)]
 
@@ -23,8 +24,8 @@ class DataImportConfig:
         name: the dataset.
         media: the folder of its media files.
         out: the folder for the manifests.
-        annotations: its annotation files, or folders that hold them.
-        split: the splits to import; all of them if none is named.
+        annotations: its annotation files, or folders that hold them at any depth.
+        split: the splits to import, all of which must be there; those that are there if none is named.
         classes: a class list, one name per line, for Kinetics files that do not name every class.
         whole_videos: the files of AudioSet or Kinetics are whole videos; samples are the annotated parts of them.
     """
@@ -42,19 +43,19 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(usage())
     config = parse_flags(DataImportConfig, argv, prog="vatt data import", positional=("name",))
-    splits = import_dataset(
-        config.name,
-        media=config.media,
-        out=config.out,
-        annotations=config.annotations,
-        splits=config.split,
-        classes=config.classes,
-        whole_videos=config.whole_videos,
-    )
-    for split in splits:
-        print(f"{split.manifest}: {split.num_samples} samples" + _classes(split.num_classes, config.name))
-        for reason, count in split.left_out.items():
-            print(f"{split.missing}: {count} left out, {reason}")
+    with Reading() as reading:
+        splits = import_dataset(
+            config.name,
+            media=config.media,
+            out=config.out,
+            annotations=config.annotations,
+            splits=config.split,
+            classes=config.classes,
+            whole_videos=config.whole_videos,
+            watch=reading,
+        )
+        for split in splits:
+            reading.say(_described(split, config.name))
     return 0
 
 
@@ -66,8 +67,18 @@ def usage() -> str:
     return "\n".join(["NAME, its annotation files and its splits:", *lines, ""])
 
 
-def _classes(found: int | None, name: str) -> str:
-    expected = DATASETS[name].num_classes
-    if found is None or found == expected:
-        return "" if found is None else f" of {found} classes"
-    return f" of {found} classes (not {expected}: are all annotation files there?)"
+def _described(split: Imported, name: str) -> str:
+    """What became of a split, a line for each thing to know."""
+    if split.absent:
+        return f"{split.split} is not imported: {split.absent}"
+    lines = [f"{split.manifest}: {split.num_samples} samples" + _classes(split, DATASETS[name].num_classes)]
+    lines += [f"{split.missing}: {count} left out, {reason}" for reason, count in split.left_out.items()]
+    return "\n".join(lines)
+
+
+def _classes(split: Imported, expected: int | None) -> str:
+    if expected is not None and not split.labelled:
+        return " without labels"
+    if split.num_classes is None or split.num_classes == expected:
+        return "" if split.num_classes is None else f" of {expected} classes"
+    return f" of {split.num_classes} classes (not {expected}: are all annotation files there?)"

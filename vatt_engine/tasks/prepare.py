@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,7 @@ from pathlib import Path
 from vatt_engine.data.prepare import PrepareConfig, prepare
 from vatt_engine.data.shards import read_index
 from vatt_engine.tasks.flags import parse_flags
-
-SAY_EVERY = 30.0  # seconds between lines where the output is no terminal
+from vatt_engine.tasks.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +25,6 @@ class PrepareArguments(PrepareConfig):
 
     manifest: str
     out: str
-
-
-class Progress:
-    """Files done, rejected, per second and left, on one line of a terminal or on a line now and then."""
-
-    def __init__(self) -> None:
-        self.start = self.said = time.monotonic()
-        self.first: int | None = None  # files that an earlier call had done
-
-    def __call__(self, done: int, rejected: int, total: int) -> None:
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        self.first = done - 1 if self.first is None else self.first
-        if now - self.said < (0.1 if terminal else SAY_EVERY) and done < total:
-            return
-        self.said = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
-        text = f"{done}/{total} files, {rejected} rejected, {rate:.1f} files/s, {left} left"
-        print(f"\r{text}  " if terminal else text, end="" if terminal and done < total else "\n", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ CASES = {  # (dataset, split, file): what is replaced, by what, the message behi
         ('09x0r"', "09x0r", r":4: the row must be valid CSV"),
     ],
     ("audioset", "balanced_train", "balanced_train_segments.csv"): [
-        ('"/m/09x0r,/t/dd00003"', "/m/09x0r,/t/d", r":4: .* 4 cells .*got 5"),
+        ('"/m/09x0r,/t/dd00003"', "/m/09x0r,/t/d", r":4: positive_labels must be one of the 3 classes, got '/t/d'"),
         ('"/m/05zppz"', '"/m/05zppy"', r":5: positive_labels must .*mean '/m/05zppz"),
     ],
     ("audioset", "eval", "class_labels_indices.csv"): [
@@ -31,7 +31,7 @@ CASES = {  # (dataset, split, file): what is replaced, by what, the message behi
     ],
     ("kinetics400", "train", "train.csv"): [
         ("time_start", "start", r":1: column time_start must be given"),
-        (",", ";", r":1: column youtube_id must be given"),
+        (",", "|", r":1: column youtube_id must be given"),
         (",104,", ",1m44,", r":4: time_start must be a number of seconds"),
         (",104,", ",-104,", r":4: time_start must be a finite .* got -104"),
         ("train,1", "train,1,2", r":4: the row must have 6 cells"),
@@ -155,7 +155,7 @@ def test_what_is_not_given_is_named(tmp_path):
     ):
         run("kinetics400", "val", annotations, tmp_path / "empty", tmp_path / "out")
     with pytest.raises(
-        ManifestError, match=r"hmdb51: annotations must hold files <class>_test_split1\.txt, got nothing"
+        ManifestError, match=r"hmdb51: annotations must hold files <class>_test_split1\.txt, or .*, got nothing"
     ):
         list(import_dataset("hmdb51", media=media, out=tmp_path / "out", splits=["train1"]))
 

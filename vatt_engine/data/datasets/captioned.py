@@ -1,4 +1,4 @@
-"""Readers of video sets with captions: HowTo100M, YouCook2, MSR-VTT."""
+"""Readers of video sets with captions: HowTo100M, YouCook2."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vatt_engine.data.datasets.source import Content, Entry, LeftOut, Source, table, text_lines
+from vatt_engine.data.datasets.entries import Content, Entry, LeftOut
+from vatt_engine.data.datasets.source import SPLIT_WORDS, Source, names_any, video_and_span
 from vatt_engine.data.manifest import Caption, checked_caption
-from vatt_engine.data.rows import (
-    ManifestError,
-    check_keys,
-    check_seconds,
-    fault,
-    is_unicode,
-    json_members,
-    opened,
-    parse_json,
-)
+from vatt_engine.data.rows import ManifestError, check_keys, fault, is_unicode, json_members
 from vatt_engine.schema import short
+
+YOUCOOK_SUBSETS = {"train": "training", "val": "validation"}
+YOUCOOK_COLUMNS = ("video_id", "start", "end", "text")
 
 
 def howto100m(source: Source, split: str) -> Content:
@@ -27,10 +22,10 @@ def howto100m(source: Source, split: str) -> Content:
     The JSON is read video by video. A caption whose times cannot be used is left out; a video without one stays.
     """
     videos_path, path = source.file("HowTo100M_v1.csv"), source.file("caption.json", "raw_caption.json")
-    videos = {row["video_id"]: line for line, row in table(videos_path, ("video_id",))}
+    videos = {row["video_id"]: line for line, row in source.table(videos_path, ("video_id",))}
 
     def entries() -> Iterator[Entry | LeftOut]:
-        with opened(path, "annotations") as file:
+        with source.opened(path) as file:
             for line, video, value in json_members(path, file):
                 if videos.pop(video, None) is None:
                     continue
@@ -60,91 +55,62 @@ def _howto_captions(path: Path, line: int, video: str, value: Any) -> Iterator[t
 
 
 def youcook2(source: Source, split: str) -> Content:
-    """`youcookii_annotations_trainval.json`: each annotated segment is a sample, its sentence the caption."""
-    path = source.file("youcookii_annotations_trainval.json")
-    subset = {"train": "training", "val": "validation"}[split]
-    database = _member(path, "the file", _json_file(path), "database", dict)
+    """`youcookii_annotations_trainval.json`: each annotated segment is a sample, its sentences the captions.
 
-    def entries() -> Iterator[Entry]:
-        for video, record in database.items():
-            if _member(path, video, record, "subset", str) != subset:
-                continue
-            for i, annotation in enumerate(_member(path, video, record, "annotations", list)):
-                at = f"{video}.annotations[{i}]"
-                segment = _member(path, at, annotation, "segment", list)
-                if len(segment) != 2:
-                    raise fault(path, at, "segment", f"be a start and an end, got {short(segment)}")
-                caption = checked_caption(path, at, "", _member(path, at, annotation, "sentence", str), *segment)
-                if caption.end <= caption.start:
-                    raise fault(path, at, "segment", f"end later than {caption.start:g}, got {caption.end:g}")
-                part = {"captions": (caption,), "start": caption.start, "end": caption.end}
-                yield Entry(f"{path}:{at}", video, (video,), **part)
-
-    return Content(None, entries())
-
-
-def msrvtt(source: Source, split: str) -> Content:
-    """`MSRVTT_data.json`, and for the splits of the 1k-A protocol the CSV that lists their videos.
-
-    `test1k` has one sentence per video, that of `MSRVTT_JSFUSION_test.csv`; the others all twenty.
+    Without it another JSON file of the same form (a translation), or a table with the columns video_id, start, end and
+    text, as MIL-NCE's `validation_youcook.csv`, whose name says the split.
     """
-    path = source.file("MSRVTT_data.json")
-    data = _json_file(path)
-    ends, splits = _msrvtt_videos(path, data)
-    sentences: dict[str, list[Caption]] = {video: [] for video in ends}
-    for i, sentence in enumerate(_member(path, "the file", data, "sentences", list)):
-        at = f"sentences[{i}]"
-        video, text = (_member(path, at, sentence, key, str) for key in ("video_id", "caption"))
-        if video not in ends:
-            raise fault(path, at, "video_id", f"be one of videos, got {short(video)}")
-        sentences[video].append(checked_caption(path, at, "", text, 0, ends[video]))
-    if split in ("train", "val", "test"):
-        chosen = [(f"{path}:videos[{i}]", video, None) for i, video in enumerate(ends) if splits[video] == split]
-    else:
-        name = "MSRVTT_JSFUSION_test.csv" if split == "test1k" else f"MSRVTT_train.{split[-2:]}.csv"
-        chosen = _msrvtt_rows(source.file(name), ends, split == "test1k")
-
-    def entries() -> Iterator[Entry]:
-        for at, video, caption in chosen:
-            yield Entry(at, video, (video,), captions=(caption,) if caption else tuple(sentences[video]))
-
-    return Content(None, entries())
+    official = "youcookii_annotations_trainval.json"
+    found = source.all_files(official) or source.all_files("youcook*.json", "yc2*.json")
+    tables = [] if found else [path for path in _youcook_tables(source) if names_any(path, SPLIT_WORDS[split])]
+    if len(tables) == 1:
+        return Content(None, _by_segment(_youcook_table_rows(source, tables[0])))
+    if len(found) != 1:
+        raise source.lacks(f"one file {official}", found or tables)
+    return Content(None, _by_segment(_youcook_segments(source, found[0], YOUCOOK_SUBSETS[split])))
 
 
-def _msrvtt_videos(path: Path, data: Any) -> tuple[dict[str, float], dict[str, str]]:
-    """How long each video lasts, and its split."""
-    ends: dict[str, float] = {}
-    splits: dict[str, str] = {}
-    for i, record in enumerate(_member(path, "the file", data, "videos", list)):
-        at = f"videos[{i}]"
-        video, split = (_member(path, at, record, key, str) for key in ("video_id", "split"))
-        check_keys(path, at, "", record, None, ("start time", "end time"))
-        start, end = (check_seconds(path, at, key, record[key]) for key in ("start time", "end time"))
-        if end <= start:
-            raise fault(path, at, "end time", f"be later than start time ({start:g}), got {end:g}")
-        if video in ends:
-            raise fault(path, at, "video_id", f"be given once, got {short(video)} again")
-        ends[video] = round(end - start, 3)
-        splits[video] = "val" if split == "validate" else split
-    return ends, splits
+def _youcook_segments(source: Source, path: Path, subset: str) -> Iterator[Entry]:
+    database = member(path, "the file", source.once(Source.json, path), "database", dict)
+    for video, record in database.items():
+        if member(path, video, record, "subset", str) != subset:
+            continue
+        for i, annotation in enumerate(member(path, video, record, "annotations", list)):
+            at = f"{video}.annotations[{i}]"
+            segment = member(path, at, annotation, "segment", list)
+            if len(segment) != 2:
+                raise fault(path, at, "segment", f"be a start and an end, got {short(segment)}")
+            caption = checked_caption(path, at, "", member(path, at, annotation, "sentence", str), *segment)
+            if caption.end <= caption.start:
+                raise fault(path, at, "segment", f"end later than {caption.start:g}, got {caption.end:g}")
+            yield _segment(f"{path}:{at}", video, caption)
 
 
-def _msrvtt_rows(path: Path, ends: dict[str, float], sentence: bool) -> Iterator[tuple[str, str, Caption | None]]:
-    delimiter = ";" if ";" in next(text_lines(path), (1, ""))[1] else ","
-    columns = ("video_id", "sentence") if sentence else ("video_id",)
-    for line, row in table(path, columns, delimiter=delimiter):
-        video = row["video_id"]
-        if video not in ends:
-            raise fault(path, line, "video_id", f"be one of MSRVTT_data.json, got {short(video)}")
-        yield f"{path}:{line}", video, Caption(row["sentence"], 0.0, ends[video]) if sentence else None
+def _youcook_tables(source: Source) -> list[Path]:
+    return [path for path in source.all_files("*.csv") if set(YOUCOOK_COLUMNS).issubset(source.header(path))]
 
 
-def _json_file(path: Path) -> Any:
-    with opened(path, "annotations") as file:
-        return parse_json(path, 1, "the file", file.read())
+def _youcook_table_rows(source: Source, path: Path) -> Iterator[Entry]:
+    for line, row in source.table(path, YOUCOOK_COLUMNS):
+        video, start, end = video_and_span(path, line, row, YOUCOOK_COLUMNS[:3])
+        yield _segment(f"{path}:{line}", video, Caption(row["text"], start, end))
 
 
-def _member(path: Path, at: str, record: Any, key: str, kind: type) -> Any:
+def _segment(at: str, video: str, caption: Caption) -> Entry:
+    return Entry(at, video, (video,), captions=(caption,), start=caption.start, end=caption.end)
+
+
+def _by_segment(entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Entries of the same seconds of a video as one, with the captions of all: no sentence is lost."""
+    together: dict[tuple[str, float, float | None], Entry] = {}
+    for entry in entries:
+        key = (entry.name, entry.start, entry.end)
+        first = together.get(key)
+        together[key] = entry if first is None else first._replace(captions=first.captions + entry.captions)
+    yield from together.values()
+
+
+def member(path: Path, at: str, record: Any, key: str, kind: type) -> Any:
     """A member of a JSON object that must be of a kind."""
     if not isinstance(record, dict):
         raise fault(path, at, "the record", f"be an object, got {short(record)}")

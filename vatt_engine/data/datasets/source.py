@@ -1,128 +1,60 @@
-"""What a dataset's reader is given (annotation files, a folder of media) and what it gives back (entries)."""
+"""What a dataset's reader is given: annotation files, a folder of media, and how both are read."""
 
 from __future__ import annotations
 
-import os
+import csv
+import filecmp
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol, TextIO, TypeVar
 
-from vatt_engine.data.manifest import Caption
-from vatt_engine.data.rows import ManifestError, check_keys, csv_rows, fault, is_unicode, opened, seconds
+from vatt_engine.data.datasets.media_folder import AUDIO, IMAGES, VIDEO, MediaFolder, walk
+from vatt_engine.data.rows import (
+    ManifestError,
+    check_keys,
+    csv_cells,
+    csv_rows,
+    fault,
+    first_line,
+    opened,
+    parse_json,
+    seconds,
+)
 from vatt_engine.schema import nearest
 
-VIDEO = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "flv", "3gp", "ogv", "ts", "wmv")
-AUDIO = ("wav", "flac", "ogg", "opus", "m4a", "mp3", "aac")
-IMAGES = ("jpeg", "jpg", "png")
-
-
+T = TypeVar("T")
 Row = tuple[int, dict[str, str]]
+DELIMITERS = (",", ";", "\t")
+SPLIT_WORDS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}  # of names and columns
 
 
-class Entry(NamedTuple):
-    """A row of the annotations.
-
-    `at` is where it stands; `name` what it calls its file; `stems` what that may be called on disk without its suffix,
-    the surest first; `folders` those it should lie in, of which the last is its class.
-    """
-
-    at: str
-    name: str
-    stems: Iterable[str]
-    folders: tuple[str, ...] = ()
-    label: int | tuple[int, ...] | None = None
-    captions: tuple[Caption, ...] = ()
-    start: float = 0.0
-    end: float | None = None
+class NotThere(ManifestError):
+    """What a split is made from is not among the files: other splits may be imported all the same."""
 
 
-class LeftOut(NamedTuple):
-    """Something that the manifest does not hold, and why."""
+class Watch(Protocol):
+    """Is told how far a file, or a folder, has been read."""
 
-    at: str
-    name: str
-    reason: str
-
-
-class Content(NamedTuple):
-    """A split: its entries, read as they are asked for, and the names of the classes where it has numbers."""
-
-    classes: list[str] | None
-    entries: Iterator[Entry | LeftOut]
-
-
-class MediaFolder:
-    """The media files under a folder, found in one walk that asks the disk about folders only.
-
-    Args:
-        root: the folder; links to folders are followed.
-        suffixes: of the files to see, the best first, in lower case.
-    """
-
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...]):
-        self.root, self.suffixes = Path(root), suffixes
-        if not self.root.is_dir():
-            raise ManifestError(f"{root}: media must be a folder, got {'a file' if self.root.exists() else 'nothing'}.")
-
-    @cached_property
-    def paths(self) -> dict[str, list[str]]:
-        """Paths below the root, by the file's name without its suffix."""
-        paths: dict[str, list[str]] = {}
-        folders, seen = [""], set()
-        while folders:
-            folder = folders.pop()
-            status = os.stat(self.root / folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # a link into its own parent
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    path = f"{folder}{entry.name}"
-                    if not is_unicode(path):
-                        continue  # no manifest can name it
-                    if entry.is_dir():
-                        folders.append(f"{path}/")
-                    elif (stem := self.stem(entry.name)) != entry.name:
-                        paths.setdefault(stem, []).append(path)
-        return paths
-
-    def stem(self, name: str) -> str:
-        """The last part of a path without its suffix, or two of them (`x.mp4.webm`)."""
-        stem = name.rpartition("/")[2]
-        for _ in range(2):
-            head, _, suffix = stem.rpartition(".")
-            stem = head if head and suffix.lower() in self.suffixes else stem
-        return stem
-
-    def find(self, entry: Entry, classes: frozenset[str]) -> str | None:
-        """The file of an entry, below the root: that in the most of its folders, then of the best suffix.
-
-        None lies in the folder of another class; `classes` are names as `plain` writes them.
-        """
-        wanted = {plain(folder) for folder in entry.folders}
-        for stem in entry.stems:
-            fits = []
-            for path in self.paths.get(stem, ()):
-                folders = [plain(folder) for folder in path.split("/")[:-1]]
-                if wanted and folders and folders[-1] in classes and folders[-1] not in wanted:
-                    continue
-                suffix = self.suffixes.index(path.rpartition(".")[2].lower())
-                fits.append((-len(wanted.intersection(folders)), suffix, path))
-            if fits:
-                return min(fits)[2]
-        return None
+    def __call__(self, what: Path, more: int, total: int | None) -> None:
+        """`more` bytes of `total`, or more files of a folder, whose number nobody knows (None)."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The annotation files of a dataset, its media, and what the user says about both.
 
-    `classes` are the names of a class list of the user's; `whole_videos`: the files are the videos of which the
-    annotations name parts, not those parts.
+    Args:
+        dataset: its name, for messages.
+        files: all annotation files; which of them are read, their names and contents decide.
+        media: the folder of media.
+        classes: the names of a class list of the user's.
+        whole_videos: the files are the videos of which the annotations name parts, not those parts.
+        asked: the splits that the user has named; none: whatever there is.
+        watch: is told of bytes as they are read.
     """
 
     dataset: str
@@ -130,45 +62,99 @@ class Source:
     media: MediaFolder
     classes: list[str] | None = None
     whole_videos: bool = False
+    asked: tuple[str, ...] = ()
+    watch: Watch | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, make: Callable[..., T], *args: Any) -> T:
+        """`make(self, *args)`, made when it is first asked for: what several splits need is read once."""
+        key = (make, args)
+        if key not in self._made:
+            self._made[key] = make(self, *args)
+        return self._made[key]
 
     def file(self, *patterns: str) -> Path:
         """The one annotation file with such a name, in capitals or not."""
         found = self.all_files(*patterns)
         if len(found) != 1:
-            hint = " Name the one to read." if len(found) > 1 else ""
-            raise self.lacks(f"one file {' or '.join(patterns)}", found or self.files, hint)
+            raise self.lacks(f"one file {' or '.join(patterns)}", found)
         return found[0]
 
     def all_files(self, *patterns: str) -> list[Path]:
-        return [file for file in self.files if any(fnmatch(file.name.lower(), p.lower()) for p in patterns)]
+        """Those with such a name, packed by gzip or not; of copies that are the same byte for byte the first."""
+        found: list[Path] = []
+        for file in self.files:
+            name = file.name.lower().removesuffix(".gz")
+            if any(fnmatch(name, pattern.lower()) for pattern in patterns) and not _is_copy(file, found):
+                found.append(file)
+        return found
 
-    def lacks(self, wanted: str, got: Iterable[Path], hint: str = "") -> ManifestError:
-        names = ", ".join(sorted(path.name for path in got)[:8]) or "nothing"
-        return ManifestError(f"{self.dataset}: annotations must hold {wanted}, got {names}.{hint}")
+    def lacks(self, wanted: str, several: Iterable[Path] = ()) -> NotThere:
+        """The error that a file is not among the annotations, or that several are and one must be named."""
+        several = list(several)
+        names = list(dict.fromkeys(str(file) if several else file.name for file in several or self.files))
+        got = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        hint = " Name the one to read." if several else ""
+        return NotThere(f"{self.dataset}: annotations must hold {wanted}, got {got or 'nothing'}.{hint}")
+
+    def opened(self, path: Path) -> AbstractContextManager[TextIO]:
+        watch, size = self.watch, path.stat().st_size if path.is_file() else 0
+        return opened(path, "annotations", watch and (lambda count: watch(path, count, size)))
+
+    def lines(self, path: Path) -> Iterator[tuple[int, str]]:
+        """(line, text) of the lines that hold any, without white space around it."""
+        with self.opened(path) as file:
+            for line, text in enumerate(file, 1):
+                if text := text.strip():
+                    yield line, text
+
+    def cells(self, path: Path, **dialect: Any) -> Iterator[tuple[int, list[str]]]:
+        """(line, cells) of a CSV file, whose first row need not name the columns."""
+        with self.opened(path) as file:
+            yield from csv_cells(path, file, **dialect)
+
+    def header(self, path: Path, delimiter: str = ",") -> list[str]:
+        """The cells of the first line."""
+        return [cell.strip() for cell in next(csv.reader([first_line(path)], delimiter=delimiter), [])]
+
+    def table(self, path: Path, columns: Iterable[str]) -> Iterator[Row]:
+        """(line, cells) of a CSV file that has these columns among others, behind `,`, `;` or tabs."""
+        columns = list(columns)
+        fits = (mark for mark in DELIMITERS if set(columns).issubset(self.header(path, mark)))
+        with self.opened(path) as file:
+            rows = csv_rows(path, file, delimiter=next(fits, ","))
+            line, names = next(rows, (1, {}))
+            check_keys(path, line, "column ", names, None, columns)
+            yield from rows
+
+    def json(self, path: Path) -> Any:
+        with self.opened(path) as file:
+            return parse_json(path, 1, "the file", file.read())
+
+
+def _is_copy(file: Path, others: Iterable[Path]) -> bool:
+    return any(file.name == other.name and filecmp.cmp(file, other, shallow=False) for other in others)
 
 
 def annotation_files(names: Iterable[str | Path]) -> tuple[Path, ...]:
-    """The files, and those in the folders, that a user names."""
-    paths = [Path(name) for name in names]
-    return tuple(file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    """The files that a user names, and those at any depth of the folders; neither media nor hidden files."""
+    files: list[Path] = []
+    for name in map(Path, names):
+        if not name.is_dir():
+            if not name.exists():
+                raise ManifestError(f"{name}: annotations must be files or folders, got no such file.")
+            files.append(name)
+            continue
+        for folder, entry in walk(name):
+            suffix = entry.name.rpartition(".")[2].lower()
+            if not entry.name.startswith(".") and suffix not in VIDEO + AUDIO + IMAGES:
+                files.append(name / folder / entry.name)
+    return tuple(sorted(dict.fromkeys(files), key=lambda file: (len(file.parts), file)))
 
 
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of the lines that hold any, without white space around it."""
-    with opened(path, "annotations") as file:
-        for line, text in enumerate(file, 1):
-            if text := text.strip():
-                yield line, text
-
-
-def table(path: Path, columns: Iterable[str], header: tuple[str, ...] = (), **dialect: Any) -> Iterator[Row]:
-    """(line, cells) of a CSV file that must have these columns; its first row names them unless `header` does."""
-    with opened(path, "annotations") as file:
-        rows = csv_rows(path, file, header, **dialect)
-        if not header:
-            line, names = next(rows, (1, {}))
-            check_keys(path, line, "column ", names, None, columns)
-        yield from rows
+def names_any(path: Path, words: Iterable[str]) -> bool:
+    """Whether a word stands in a file's name, at the beginning of a word there: `val` in `k_val_list`."""
+    return re.search(rf"(?<![a-z])(?:{'|'.join(words)})", path.name.lower()) is not None
 
 
 def video_and_span(path: Path, line: int, row: dict[str, str], columns: Iterable[str]) -> tuple[str, float, float]:
@@ -198,8 +184,12 @@ def numbered(path: Path, rows: Iterable[tuple[int, str, str]]) -> dict[str, int]
     return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
 
+def is_whole_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
 def whole_number(path: Path, line: int, field: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+    if not is_whole_number(text):
         raise fault(path, line, field, f"be a whole number >= 0, got {text[:60]!r}")
     return int(text)
 
@@ -210,8 +200,3 @@ def class_number(path: Path, line: int, field: str, name: str, numbers: dict[str
         text = f"be one of the {len(numbers)} classes, got {name[:60]!r}"
         raise fault(path, line, field, text, hint if hint.startswith("Did") else "")
     return numbers[name]
-
-
-def plain(name: str) -> str:
-    """A class name as folders spell it in many ways: `hurling (sport)`, `hurling_(sport)`."""
-    return re.sub(r"[\W_]", "", name.lower())

@@ -91,16 +91,22 @@ def csv_cells(path: Path, file: Iterable[str], **dialect: Any) -> Iterator[tuple
         raise fault(path, line, "the row", f"be valid CSV, got an error: {refusal}") from refusal
 
 
-def csv_rows(path: Path, file: Iterable[str], **dialect: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, cells by column) of a CSV file, whose first row names the columns; `dialect` as csv.reader takes it.
+def csv_rows(
+    path: Path, file: Iterable[str], needed: Iterable[str] | None = None, **dialect: Any
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, cells by column) of a CSV file, whose first row names the columns.
 
     Empty cells behind the last column, which spreadsheets write, are passed over.
+
+    Args:
+        needed: the columns that must not be there twice; None: all.
+        dialect: as csv.reader takes it.
     """
     header: list[str] = []
     for line, cells in csv_cells(path, file, **dialect):
         if not header:
             header = _trimmed([cell.strip() for cell in cells], 1)
-            twice = [name for name in header if header.count(name) > 1]
+            twice = [name for name in (header if needed is None else needed) if header.count(name) > 1]
             if twice:
                 raise fault(path, line, "the header", f"have each column once, got {twice[0]!r} twice")
             yield line, dict(zip(header, header))

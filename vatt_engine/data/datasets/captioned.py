@@ -57,7 +57,7 @@ def _howto_captions(path: Path, line: int, video: str, value: Any) -> Iterator[t
 def youcook2(source: Source, split: str) -> Content:
     """`youcookii_annotations_trainval.json`: each annotated segment is a sample, its sentences the captions.
 
-    Without it another JSON file of the same form (a translation), or a table with the columns video_id, start, end and
+    Without it a JSON file of the same form under another name, or a table with the columns video_id, start, end and
     text, as MIL-NCE's `validation_youcook.csv`, whose name says the split.
     """
     official = "youcookii_annotations_trainval.json"

@@ -109,32 +109,42 @@ def import_dataset(
         watch: is told of the bytes and files that are read.
 
     Raises:
-        ManifestError: all that the arguments lack, at once; something wrong in a file, with `file:line:` or with the
-            record where a JSON file has no lines to speak of; another class list in `out`; after the other splits
-            were imported, those named in `splits` of which there are no rows or no media; or nothing is there at all.
+        ManifestError: all that the arguments lack, at once; nothing is there at all; or, when the other splits are
+            written, what is wrong with the rest: a file, with `file:line:`, or with the record where a JSON file has no
+            lines to speak of; another class list in `out`; of splits that were named no rows or no media.
 
     >>> list(import_dataset("esc50", annotations=["meta"], media="audio", out="esc50"))  # doctest: +SKIP
     """
     source = _source(name, media, annotations, tuple(splits), classes, whole_videos, watch)
     contents = _contents(source)
     Path(out).mkdir(parents=True, exist_ok=True)
-    absent = []
+    absent, faults = [], []
     for split, content in contents.items():
         result = Imported(split, Path(out, f"{split}.jsonl"), Path(out, f"{split}.missing.jsonl"))
         try:
-            if isinstance(content, NotThere):
+            if isinstance(content, ManifestError):
                 raise content
             _write(source, content, result)
         except NotThere as refusal:
             result.absent = str(refusal)
             absent.append(result)
-            if not source.asked:
-                continue
+        except ManifestError as refusal:
+            faults.append(str(refusal))
         else:
             yield result
-    if absent and (source.asked or len(absent) == len(contents)):
-        raise NotThere("\n".join(dict.fromkeys(result.absent for result in absent)))
+    if source.asked or len(absent) == len(contents):
+        faults += [result.absent for result in absent]
+        absent = []
     yield from absent
+    _refuse(faults, ManifestError)
+
+
+def _refuse(texts: Iterable[str], kind: type[ManifestError]) -> None:
+    """Raise one error with what is wrong with several splits, if anything is; ten folds are not told one by one."""
+    texts = list(dict.fromkeys(texts))
+    if texts:
+        more = [f"... and {len(texts) - 3} more of the kind"] if len(texts) > 3 else []
+        raise kind("\n".join([*texts[:3], *more]))
 
 
 def _source(
@@ -177,17 +187,17 @@ def _count_files(media: Path, watch: Watch) -> Callable[[int], None]:
     return count
 
 
-def _contents(source: Source) -> dict[str, Content | NotThere]:
-    """The splits to import. Those the user has named must all have their files, and are told of all at once."""
+def _contents(source: Source) -> dict[str, Content | ManifestError]:
+    """The splits to import, or why one cannot be. Those the user has named must all have their files."""
     read, contents = DATASETS[source.dataset].read, {}
     for split in source.asked or DATASETS[source.dataset].splits:
         try:
             contents[split] = read(source, split)
-        except NotThere as refusal:
+        except ManifestError as refusal:
             contents[split] = refusal
     absent = [content for content in contents.values() if isinstance(content, NotThere)]
-    if absent and (source.asked or len(absent) == len(contents)):
-        raise NotThere("\n".join(dict.fromkeys(map(str, absent))))
+    if source.asked or len(absent) == len(contents):
+        _refuse(map(str, absent), NotThere)
     return contents
 
 

@@ -85,7 +85,7 @@ def _numbers_before_the_class(source: Source, path: Path) -> int:
         while count < len(cells) - 2 and is_whole_number(cells[-2 - count]):
             count += 1
         before = cells[-2 - count] if len(cells) > 1 else ""
-        if count and source.media.stem(before) != before:
+        if count and source.media.stem(before) != before.rpartition("/")[2]:
             text = f"be a path and one class number, got {text[:60]!r}"
             raise fault(path, line, "the row", text, "Lists of several classes per file are not read.")
         fewest, most = min(fewest, count), max(most, count)

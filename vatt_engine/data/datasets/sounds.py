@@ -66,7 +66,7 @@ def _segments(source: Source, path: Path) -> Iterator[Segment]:
     for line, cells in source.cells(path, skipinitialspace=True):
         names = [cell.strip().lstrip("# ") for cell in cells]
         if AUDIOSET_COLUMNS[0] in names:
-            check_keys(path, line, "column ", filter(None, names), None, AUDIOSET_COLUMNS)
+            check_keys(path, line, "column ", [*filter(None, names)], None, AUDIOSET_COLUMNS)
             places = {name: names.index(name) for name in AUDIOSET_COLUMNS}
             open_end = not any(names[places["positive_labels"] + 1 :])
         elif not cells[0].startswith("#") or _is_spoilt(cells):

@@ -98,6 +98,9 @@ class Source:
         return NotThere(f"{self.dataset}: annotations must hold {wanted}, got {got or 'nothing'}.{hint}")
 
     def opened(self, path: Path) -> AbstractContextManager[TextIO]:
+        if first_line(path).startswith("version https://git-lfs"):
+            text = "annotations must be the file itself, got a Git LFS pointer to it. Run `git lfs pull` there."
+            raise ManifestError(f"{path}: {text}")
         watch, size = self.watch, path.stat().st_size if path.is_file() else 0
         return opened(path, "annotations", watch and (lambda count: watch(path, count, size)))
 
@@ -122,7 +125,7 @@ class Source:
         columns = list(columns)
         fits = (mark for mark in DELIMITERS if set(columns).issubset(self.header(path, mark)))
         with self.opened(path) as file:
-            rows = csv_rows(path, file, delimiter=next(fits, ","))
+            rows = csv_rows(path, file, columns, delimiter=next(fits, ","))
             line, names = next(rows, (1, {}))
             check_keys(path, line, "column ", names, None, columns)
             yield from rows

@@ -8,6 +8,7 @@
 namespace vatt {
 void bind_attention(pybind11::module_& m);
 void bind_color_jitter(pybind11::module_& m);
+void bind_crc32c(pybind11::module_& m);
 void bind_drop_token(pybind11::module_& m);
 void bind_dropout(pybind11::module_& m);
 void bind_nce_device(pybind11::module_& m);
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = std::string(VATT_CUDA_ARCHS);
   vatt::bind_attention(m);
   vatt::bind_color_jitter(m);
+  vatt::bind_crc32c(m);
   vatt::bind_drop_token(m);
   vatt::bind_dropout(m);
   vatt::bind_nce_device(m);

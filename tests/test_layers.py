@@ -40,7 +40,7 @@ ROOMS = {
 # Beside the standard library; all other rooms may import any library, below the top level if optional.
 OUTSIDE = {"kernels": {"torch", "triton"}}
 VERBS = {"cli", "tasks"}  # may follow their arrows inside functions: a verb loads only what it needs
-NATIVE = {"ops", "data", "dispatch"}  # who may import vatt_engine._C, inside functions
+NATIVE = {"ops", "data", "dispatch", "interop"}  # who may import vatt_engine._C, inside functions
 OPTIONAL = {
     "triton",
     "nvidia",

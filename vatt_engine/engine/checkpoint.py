@@ -203,6 +203,27 @@ def read_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Tensor]:
         ) from error
 
 
+def saved_names(run_dir: str | Path, group: str) -> set[str]:
+    """Names of a group's tensors in the newest checkpoint that has them, read without its numbers.
+
+    >>> _ = save("run", 500, {"model": {"weight": torch.ones(2)}}, {})
+    >>> saved_names("run", "model")
+    {'weight'}
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in _steps(Path(run_dir) / "checkpoints"):
+        names: set[str] = set()
+        try:
+            for file in path.glob(f"{group}*.safetensors"):
+                with safe_open(file, "pt") as tensors:
+                    names.update(tensors.keys())
+        except (SafetensorError, OSError):  # `load_latest` passes it over too, and says so
+            continue
+        return names
+    return set()
+
+
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether the run folder holds any finished checkpoint, valid or not."""
     return bool(_steps(Path(run_dir) / "checkpoints"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+SHOWN = 4  # names of a kind in a message
 
 
 class Source(NamedTuple):
@@ -46,8 +47,57 @@ class ImportReport:
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} loaded"]
         for kind in ("missing", "misshaped", "unused"):
-            lines += [f"{kind}: {name}" for name in getattr(self, kind)]
+            names = getattr(self, kind)
+            lines += [f"{kind}: {name}" for name in names[:SHOWN]]
+            lines += [f"{kind}: and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
         return "\n  ".join(lines)
+
+
+class Match(NamedTuple):
+    """A rule, our tensor that it makes, and the keys of the variables that it is made of."""
+
+    rule: Rule
+    target: Tensor
+    keys: tuple[str, ...]
+
+    def read(self, variables: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The rule's variables."""
+        return [np.asarray(variables[key]) for key in self.keys]
+
+    def misshaped(self, shapes: Sequence[Shape]) -> list[str]:
+        """What is wrong with variables of these shapes."""
+        return [
+            f"{self.rule.name} (from {key}: {list(shape)}, expected {list(source.shape)})"
+            for source, key, shape in zip(self.rule.sources, self.keys, shapes)
+            if tuple(shape) != source.shape
+        ]
+
+
+def match(
+    targets: Mapping[str, Tensor],
+    rules: Iterable[Rule],
+    variables: Mapping[str, np.ndarray],
+    find: Callable[[Rule, Source], str | None],
+) -> tuple[list[Match], ImportReport]:
+    """Which variables make which of our tensors, without reading them; what is missing, and what is not used."""
+    left, found, report = dict(targets), [], ImportReport()
+    for rule in rules:
+        target = left.pop(rule.name)
+        keys = [find(rule, source) for source in rule.sources]
+        absent = [source.names[0] for source, key in zip(rule.sources, keys) if key is None]
+        if absent:
+            report.missing.append(f"{rule.name} (from {', '.join(absent)})")
+        else:
+            found.append(Match(rule, target, tuple(keys)))
+    report.missing += [f"{name} (no counterpart there)" for name in left]
+    report.unused = sorted(set(variables).difference(*(one.keys for one in found)))
+    return found, report
+
+
+def shape_of(variables: Mapping[str, np.ndarray], key: str) -> Shape:
+    """The shape of a variable, which a mapping that reads files tells without reading it."""
+    tell = getattr(variables, "shape", None)
+    return tuple(tell(key)) if callable(tell) else np.shape(variables[key])
 
 
 @torch.no_grad()
@@ -59,7 +109,7 @@ def fill(
     *,
     where: str,
     strict: bool,
-    adapt: Callable[[Rule, list[np.ndarray], Tensor], list[np.ndarray]] = lambda rule, arrays, target: arrays,
+    adapt: Callable[[Match], list[np.ndarray] | None] = lambda match: None,
 ) -> ImportReport:
     """Copy `variables` into `model` by `rules`.
 
@@ -67,35 +117,35 @@ def fill(
         find: the name of a rule's source among the variables, or None.
         where: what error messages start with.
         strict: raise unless every parameter is loaded and every variable is used.
-        adapt: changes a rule's arrays before their shapes are compared, given our tensor.
+        adapt: gives arrays to take in place of a rule's own, or None.
 
     Raises:
-        ValueError: with the whole report, when `strict` and something is missing, unused or of another shape.
+        ValueError: with the report, when `strict` and something is missing, unused or of another shape, before anything
+            is copied; nothing could be loaded at all.
     """
-    targets, used, report = model.state_dict(), set(), ImportReport()
-    for rule in rules:
-        target = targets.pop(rule.name)
-        keys = [find(rule, source) for source in rule.sources]
-        if None in keys:
-            absent = [source.names[0] for source, key in zip(rule.sources, keys) if key is None]
-            report.missing.append(f"{rule.name} (from {', '.join(absent)})")
-            continue
-        used.update(keys)
-        arrays = adapt(rule, [np.asarray(variables[key]) for key in keys], target)
-        wrong = [
-            f"{rule.name} (from {key}: {list(array.shape)}, expected {list(source.shape)})"
-            for source, key, array in zip(rule.sources, keys, arrays)
-            if array.shape != source.shape
-        ]
-        if wrong:
+    matches, report = match(model.state_dict(), rules, variables, find)
+    adapted: dict[str, list[np.ndarray]] = {}
+    fitting = []
+    for one in matches:
+        arrays = adapt(one)
+        if arrays is not None:
+            adapted[one.rule.name] = arrays
+        shapes = [shape_of(variables, key) for key in one.keys] if arrays is None else [x.shape for x in arrays]
+        if wrong := one.misshaped(shapes):
             report.misshaped += wrong
-            continue
-        target.copy_(torch.as_tensor(np.ascontiguousarray(rule.join(arrays))))
-        report.loaded.append(rule.name)
-    report.missing += [f"{name} (no counterpart there)" for name in targets]
-    report.unused = sorted(set(variables) - used)
+        else:
+            fitting.append(one)
+    report.loaded = [one.rule.name for one in fitting]
     if strict and not report.complete:
         raise ValueError(f"{where}: variables must match the {type(model).__name__} one to one, got\n  {report}")
+    if not any(one.keys for one in fitting):
+        names = ", ".join(sorted(variables)[:2])
+        got = f"none among {len(variables)}, such as {names}" if names else "no variables"
+        raise ValueError(f"{where}: variables must hold some of the {type(model).__name__}'s, got {got}.")
+    for one in fitting:
+        arrays = adapted.get(one.rule.name) or one.read(variables)
+        # torch warns of arrays that must not be written to.
+        one.target.copy_(torch.from_numpy(np.require(one.rule.join(arrays), requirements=("C", "W"))))
     return report
 
 

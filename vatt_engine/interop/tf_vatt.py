@@ -7,18 +7,20 @@ marks the second of two variables with one official name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vatt_engine.faults import is_raised_in
-from vatt_engine.interop.rules import ImportReport, Rule, Source, fill, same, under
+from vatt_engine.interop.rules import ImportReport, Match, Rule, Source, fill, same, under
+from vatt_engine.interop.tf_names import NamedVariables, has_object_paths, object_names
 from vatt_engine.models.embeddings import PatchStem, PositionEmbedding, VoxelPatch, WaveformPatch, resample_table
 from vatt_engine.models.heads import Classifier, FactorizedHeads, JointHeads, SyncBatchNorm
-from vatt_engine.models.text import LinearTextEncoder, TextEncoder, WordStem
+from vatt_engine.models.text import LinearTextEncoder, TextEncoder, WordEmbedding, WordStem
 from vatt_engine.models.transformer import Block, Transformer
 from vatt_engine.models.vatt import VATT, AgnosticBackbone, PatchEncoder
 
@@ -51,31 +53,65 @@ def load_tf_vatt(
     An encoder also finds its part in the variables of a whole model, with `strict=False`: of a modality-agnostic one
     too, into a tower with `pre_projection` and `post_projection`, as official fine-tuning does.
 
+    A table of word vectors is frozen, as when vectors are loaded from a file, unless the checkpoint holds a slot of the
+    optimizer for it: officially it is not trained. `freeze_embedding` false leaves it trainable.
+
     Args:
-        variables: official name -> array, in TensorFlow's layouts (Dense [in, out], Conv3D [t, h, w, in, out]).
+        variables: official name -> array, in TensorFlow's layouts (Dense [in, out], Conv3D [t, h, w, in, out]). The
+            names are Keras', or the paths of a TensorFlow 2 checkpoint as `read_tf_checkpoint` gives them.
         strict: raise unless every parameter is loaded and every variable is used.
         resample_positions: fit position tables of another size by the official spline, as official fine-tuning does.
 
     Raises:
-        ValueError: with the whole report, when `strict` and something is missing, unused or of another shape; a name
-            that stands for two variables.
+        ValueError: with the report, when `strict` and something is missing, unused or of another shape; a name that
+            stands for two variables; nothing that could be loaded.
 
     Source: official vatt/utils/train/restore.py.
 
     >>> load_tf_vatt(create_model("vit_base"), read_npz("vit_base.npz"))  # doctest: +SKIP
     """
-    index = _Index(variables)
+    slots: set[str] = set()
+    if has_object_paths(variables):
+        names = object_names(variables)
+        slots = {name for name, _ in names.slots}
+        text = f"{len(variables)} keys are paths of a TensorFlow 2 checkpoint; its {len(names.variables)} variables"
+        print(f"load_tf_vatt: the {text} are taken by their official names", file=sys.stderr)
+        variables = NamedVariables(variables, names)
+    elif any(isinstance(module, FactorizedHeads) for module in model.modules()):
+        _check_both_norms(variables)
+    index = Index(variables)
 
-    def resampled(rule: Rule, arrays: list[np.ndarray], target: Tensor) -> list[np.ndarray]:
-        if not rule.name.rpartition(".")[0].endswith("position.tables") or arrays[0].ndim != 2:
-            return arrays
-        return [resample_table(torch.as_tensor(arrays[0]).double(), target.shape[0]).numpy()]
+    def resampled(one: Match) -> list[np.ndarray] | None:
+        if not one.rule.name.rpartition(".")[0].endswith("position.tables"):
+            return None
+        (table,) = one.read(variables)
+        if table.ndim != 2 or len(table) == len(one.target):
+            return None
+        return [resample_table(torch.as_tensor(table).double(), len(one.target)).numpy()]
 
     options = {"adapt": resampled} if resample_positions else {}
-    return fill(model, rules(model), variables, index.find, where="load_tf_vatt", strict=strict, **options)
+    described = list(rules(model))
+    report = fill(model, described, variables, index.find, where="load_tf_vatt", strict=strict, **options)
+    trained = {rule.name for rule in described if any(index.find(rule, one) in slots for one in rule.sources)}
+    for name, module in model.named_modules():
+        table = f"{name}.weight".lstrip(".")
+        if isinstance(module, WordEmbedding) and table in report.loaded:
+            module.freeze_loaded(trained=table in trained)
+    return report
 
 
-class _Index:
+def _check_both_norms(variables: Mapping[str, np.ndarray]) -> None:
+    """Refuse names of Keras that have lost a BatchNorm: of two with one name a dict holds the last."""
+    name = "hid_to_va/batch_norm/gamma"
+    found = [key for key in variables if f"/{key}".replace(":0", "").removesuffix("__dup1").endswith(f"/{name}")]
+    if len(found) == 1:
+        raise ValueError(
+            f"load_tf_vatt: variables must hold both BatchNorms of hid_to_va, not {found[0]} alone: Keras calls both "
+            "alike, so a dict by name has lost one. Give `read_tf_checkpoint(prefix)`, whose paths tell them apart."
+        )
+
+
+class Index:
     """Official names by their last components."""
 
     def __init__(self, variables: Mapping[str, np.ndarray]) -> None:

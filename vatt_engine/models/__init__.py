@@ -5,9 +5,11 @@ from vatt_engine.models.pretrained import (
     from_pretrained,
     load_tower,
     load_weights,
+    read_config,
     save_pretrained,
     tower_config,
     tower_weights,
+    write_pretrained,
 )
 from vatt_engine.models.registry import build_model, create_model, list_models, model_config
 from vatt_engine.models.vatt import VATT
@@ -23,7 +25,9 @@ __all__ = [
     "load_tower",
     "load_weights",
     "model_config",
+    "read_config",
     "save_pretrained",
     "tower_config",
     "tower_weights",
+    "write_pretrained",
 ]

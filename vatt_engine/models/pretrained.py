@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vatt_engine import schema
 from vatt_engine.models.config import EncoderConfig, VATTConfig
 from vatt_engine.models.registry import ModelConfig, build_model
+from vatt_engine.models.streamed import write_safetensors
+from vatt_engine.models.text import WordEmbedding
 from vatt_engine.models.vatt import PatchEncoder
 
 Modality = Literal["video", "audio"]
@@ -45,7 +48,6 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, vocabulary: Save
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    document = {"kind": type(model.config).__name__, "config": schema.to_dict(model.config)}
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     partial = directory / "model.safetensors.tmp"
     try:
@@ -53,6 +55,45 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, vocabulary: Save
     except SafetensorError as error:  # what the library makes of a full disk
         raise OSError(f"{partial}: the weights must fit on the disk, got an error: {error}.") from error
     os.replace(partial, directory / "model.safetensors")
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, WordEmbedding)}
+    frozen = [f"{name}.weight".lstrip(".") for name, table in tables.items() if not table.weight.requires_grad]
+    _save_words(directory, model.config, frozen, vocabulary)
+
+
+def write_pretrained(
+    directory: str | Path,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Iterable[tuple[str, np.ndarray]],
+    *,
+    frozen: Sequence[str] = (),
+    vocabulary: Saveable | None = None,
+) -> None:
+    """What `save_pretrained` writes, from weights that come one after the other and were never together in memory.
+
+    Args:
+        directory: made if needed.
+        config: of the model.
+        shapes: of all its tensors by name, in the order of `weights`.
+        weights: pairs of name and array.
+        frozen: tables of word vectors that are not trained.
+
+    Raises:
+        OSError: the disk is full or not writable.
+
+    >>> write_pretrained("out", config, {"head.bias": (2,)}, [("head.bias", np.zeros(2))])  # doctest: +SKIP
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / "model.safetensors", shapes, weights)
+    _save_words(directory, config, frozen, vocabulary)
+
+
+def _save_words(directory: Path, config: ModelConfig, frozen: Sequence[str], vocabulary: Saveable | None) -> None:
+    """The files beside the weights. `frozen` is state and not config: loading vectors into a table freezes it."""
+    document = {"kind": type(config).__name__, "config": schema.to_dict(config)}
+    if frozen:
+        document["frozen"] = list(frozen)
     (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if vocabulary is not None:
         vocabulary.save(directory / "tokenizer.json")
@@ -68,17 +109,42 @@ def from_pretrained(directory: str | Path) -> nn.Module:
     >>> from_pretrained("out").training  # doctest: +SKIP
     False
     """
-    path = Path(directory) / "config.json"
+    config, frozen = _read_document(Path(directory) / "config.json")
+    model = build_model(config)
+    load_weights(model, Path(directory) / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for name in frozen:
+        if name not in parameters:
+            raise ValueError(f"{directory}/config.json: frozen must name parameters of the model, got {name!r}.")
+        parameters[name].requires_grad_(False)
+    return model.eval()
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a model in the config.json of its folder.
+
+    Raises:
+        ValueError: the file is no such config.
+        FileNotFoundError: it is missing.
+
+    >>> read_config("out/config.json").name  # doctest: +SKIP
+    'vatt_bbs'
+    """
+    return _read_document(Path(path))[0]
+
+
+def _read_document(path: Path) -> tuple[ModelConfig, list[str]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("kind") not in list(_KINDS):
             raise ValueError(f"no kind, one of {' and '.join(_KINDS)}")
+        frozen = document.get("frozen", [])
+        if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+            raise ValueError("frozen, which is no list of names")
     except ValueError as error:
         raise ValueError(f"{path}: the file must be a config that save_pretrained wrote, got {error!r}.") from error
-    kind = _KINDS[document["kind"]]
-    model = build_model(schema.from_dict(kind, document.get("config", {}), where=str(path)))
-    load_weights(model, Path(directory) / "model.safetensors")
-    return model.eval()
+    config = schema.from_dict(_KINDS[document["kind"]], document.get("config", {}), where=str(path))
+    return config, frozen
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

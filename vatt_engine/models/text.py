@@ -36,7 +36,15 @@ class WordEmbedding(nn.Embedding):
             raise ValueError(f"word vectors must be {list(self.weight.shape)}, got {list(vectors.shape)}.")
         rows = slice(None) if found is None else found
         self.weight[rows] = vectors.to(self.weight)[rows]
-        self.weight.requires_grad_(self.freeze is False)
+        self.freeze_loaded()
+
+    def freeze_loaded(self, *, trained: bool = False) -> None:
+        """Freeze a table whose vectors have come from elsewhere, unless the config says otherwise.
+
+        Args:
+            trained: whether they were trained there; they then stay trainable.
+        """
+        self.weight.requires_grad_(self.freeze is False or (trained and self.freeze is None))
 
 
 def relative_bucket(relative: Tensor, *, num_buckets: int = 32, max_distance: int = 64) -> Tensor:

@@ -1,4 +1,5 @@
-"""`vatt convert SOURCE DESTINATION`: between runs, models as plain safetensors, and DeepSpeed universal checkpoints."""
+"""`vatt convert SOURCE DESTINATION`: between runs, models as plain safetensors, DeepSpeed universal checkpoints and the
+official TensorFlow checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import nn
+
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine import checkpoint
 from vatt_engine.engine.seeds import random_state
 from vatt_engine.interop.deepspeed import Universal, is_universal, read_universal, write_universal
-from vatt_engine.models import VATT, build_model, from_pretrained, save_pretrained
+from vatt_engine.interop.tf_files import is_tf_checkpoint
+from vatt_engine.models import build_model, from_pretrained, save_pretrained
 from vatt_engine.schema import ConfigError
-from vatt_engine.tasks.config import load_config
+from vatt_engine.tasks.convert_official import (
+    as_universal,
+    described_model,
+    read_official,
+    write_official_model,
+    write_official_run,
+)
 from vatt_engine.tasks.flags import parse_flags
 
 
@@ -23,20 +34,27 @@ class ConvertConfig:
     """From one form of a trained model to another; what SOURCE is shows in its files.
 
     Args:
-        source: a run folder (its newest valid checkpoint), a model folder (config.json and model.safetensors), or a
-            DeepSpeed universal checkpoint, LOAD_DIR/TAG. DeepSpeed's files are pickles; they are read by torch's
-            restricted unpickler in a process of its own.
+        source: a run folder (its newest valid checkpoint), a model folder (config.json and model.safetensors), a
+            DeepSpeed universal checkpoint, LOAD_DIR/TAG, or an official TensorFlow 2 checkpoint: its prefix, its .index
+            or the folder with it. DeepSpeed's files are pickles; they are read by torch's restricted unpickler in a
+            process of its own.
         destination: a new folder.
         to: "model" for plain safetensors, "universal" for DeepSpeed, "run" for a checkpoint that
             `vatt pretrain CONFIG --out DESTINATION --resume` continues: without moments after a model folder, and with
             the data from its beginning.
-        config: recipe or YAML file of the model, for a universal source that becomes a model.
+        config: recipe, YAML file or config.json of the model, for a universal source that becomes a model; of an
+            official checkpoint the shapes tell it.
+        head_dim: width of an attention head in an official checkpoint, which its shapes do not tell: none for 64, one
+            number, or two, video's and audio's.
+        vocabulary: howto100m_en.txt of an official model, a word per line; becomes its tokenizer.json.
     """
 
     source: str
     destination: str
     to: Literal["model", "universal", "run"] = "model"
     config: str | None = None
+    head_dim: tuple[int, ...] = ()
+    vocabulary: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,6 +62,13 @@ def main(argv: Sequence[str]) -> int:
     destination = Path(config.destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         raise ConfigError(f"vatt convert: DESTINATION must be a new folder, got {destination}, which is there.")
+    if is_tf_checkpoint(Path(config.source)):
+        return _from_official(config, destination)
+    for name in ("head_dim", "vocabulary"):
+        if getattr(config, name):
+            flag = name.replace("_", "-")
+            expected = "be left out where SOURCE is no official TensorFlow checkpoint"
+            raise ConfigError(f"vatt convert: --{flag} must {expected}, got {getattr(config, name)}.")
     found = _read(Path(config.source), config.to)
     if config.to == "model":
         _write_model(found, config, destination)
@@ -55,13 +80,34 @@ def main(argv: Sequence[str]) -> int:
         if (words := _words(config)) is not None:
             words.save(destination / "tokenizer.json")
     else:
-        if not any(name.endswith("/exp_avg") for name in found.moments):
-            got = "those of SGD" if found.moments else "none"
-            raise ConfigError(f"vatt convert: {config.source} must hold Adam's moments for DeepSpeed, got {got}.")
-        model = _model(config)
-        write_universal(destination, found, buffers={name for name, _ in model.named_buffers()})
-    print(f"{config.source}, step {found.step} -> {destination} ({len(found.weights)} tensors)", file=sys.stderr)
+        _write_universal(found, config, destination, _model(config))
+    _done(config, found.step, len(found.weights))
     return 0
+
+
+def _from_official(config: ConvertConfig, destination: Path) -> int:
+    found = read_official(config.source, config.head_dim, config.config)
+    if config.to == "model":
+        write_official_model(found, destination, config.vocabulary)
+    elif config.to == "run":
+        write_official_run(found, destination, config.vocabulary)
+    else:
+        with torch.device("meta"):
+            model = build_model(found.config)
+        _write_universal(as_universal(found), config, destination, model)
+    _done(config, found.step, len(found.matches))
+    return 0
+
+
+def _write_universal(found: Universal, config: ConvertConfig, destination: Path, model: nn.Module) -> None:
+    if not any(name.endswith("/exp_avg") for name in found.moments):
+        got = "those of SGD" if found.moments else "none"
+        raise ConfigError(f"vatt convert: {config.source} must hold Adam's moments for DeepSpeed, got {got}.")
+    write_universal(destination, found, buffers={name for name, _ in model.named_buffers()})
+
+
+def _done(config: ConvertConfig, step: int, num_tensors: int) -> None:
+    print(f"{config.source}, step {step} -> {config.destination} ({num_tensors} tensors)", file=sys.stderr)
 
 
 def _read(source: Path, to: str) -> Universal:
@@ -83,14 +129,14 @@ def _read(source: Path, to: str) -> Universal:
     return Universal(found.tensors["model"], moments, found.step)
 
 
-def _model(config: ConvertConfig) -> VATT:
+def _model(config: ConvertConfig) -> nn.Module:
     source = Path(config.source)
     if config.config is None and (source / "config.json").is_file():
         return from_pretrained(source)
     described = config.config or str(source / "config.yaml")
     if config.config is None and not Path(described).is_file():
         raise ConfigError(f"vatt convert: --config must name the model of {source}, got none. A recipe or a YAML file.")
-    return build_model(load_config(described).model)
+    return build_model(described_model(described))
 
 
 def _write_model(found: Universal, config: ConvertConfig, destination: Path) -> None:

@@ -33,7 +33,7 @@ from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, load_config
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.records import HeldOut, Window, awaited
-from vatt_engine.tasks.words import load_vectors, load_vocabulary
+from vatt_engine.tasks.words import check_words, freeze_as_saved, load_vectors, load_vocabulary
 
 USAGE = """usage: vatt {verb} CONFIG [--resume [RUN]] [--section.field value ...]
        vatt {verb} --resume RUN
@@ -152,7 +152,9 @@ def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
     model = build_model(config.model)
-    num_vectors = load_vectors(model, config.model, config.text, vocabulary)
+    num_vectors = load_vectors(model, config.model, config.text, vocabulary, held=resume)
+    if resume and config.text.vectors is None and freeze_as_saved(model, config.model, run_dir):
+        check_words(config, kept)
     faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
     ranks = {"rank": rank(), "world": world_size()}
     loader = build_loader(
@@ -177,6 +179,7 @@ def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
         if not stopped:
             whole = build_model(config.model)
             whole.load_state_dict(weights)
+            whole.word_embedding.weight.requires_grad_(model.word_embedding.weight.requires_grad)
             save_pretrained(whole, run_dir / "model", vocabulary=vocabulary)
         plot_run(run_dir)
     return 128 + stop.received if stopped else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
+from vatt_engine.engine.checkpoint import saved_names
 from vatt_engine.models import VATT, VATTConfig
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.config import PretrainConfig, WordsConfig
@@ -34,14 +35,17 @@ def load_vocabulary(config: PretrainConfig, samples: Sequence[Sample], kept: Pat
     return vocabulary
 
 
-def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary) -> int:
+def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary: Vocabulary, *, held: bool) -> int:
     """Put word vectors into the model's table; returns the number of words that have one.
+
+    Args:
+        held: whether a checkpoint follows, whose table then holds vectors already.
 
     Raises:
         ValueError: the table would be frozen with random vectors, or the file's width is not the table's.
     """
     if words.vectors is None:
-        if config.text.freeze_embedding:
+        if config.text.freeze_embedding and not held:
             raise ConfigError(
                 "text.vectors must be given where model.text.freeze_embedding is true, got none: random word vectors "
                 "would stay random. Give a word2vec file, or set model.text.freeze_embedding to null."
@@ -58,3 +62,28 @@ def load_vectors(model: VATT, config: VATTConfig, words: WordsConfig, vocabulary
         )
     model.word_embedding.load_vectors(table.to(weight), found)
     return int(found.sum())
+
+
+def freeze_as_saved(model: VATT, config: VATTConfig, run_dir: Path) -> bool:
+    """Freeze a table that the newest checkpoint has not trained, as after an import; whether the table is frozen.
+
+    The config decides where it says so; else it makes no difference between vectors that were loaded, and so frozen,
+    and those that are trained from scratch. The checkpoint does: it has the optimizer's state for what was trained.
+    """
+    table = model.word_embedding
+    if config.text.freeze_embedding is None:
+        trained = {name.rpartition("/")[0] for name in saved_names(run_dir, "optimizer")}
+        names = [name for name, parameter in model.named_parameters() if parameter is table.weight]
+        table.weight.requires_grad_(not trained or f"model.{names[0]}" in trained)
+    return not table.weight.requires_grad
+
+
+def check_words(config: PretrainConfig, kept: Path) -> None:
+    """Refuse words from the captions for a table of vectors that belong to other words.
+
+    Raises:
+        ConfigError: the run holds no vocabulary, and none is given.
+    """
+    if config.data.num_candidates and config.text.vocabulary is None and not kept.exists():
+        hint = "Give --text.vocabulary, or convert once more with --vocabulary; --data.num-candidates 0 takes no text."
+        raise ConfigError(f"{kept}: the words of the frozen vectors must be given, got no such file. {hint}")

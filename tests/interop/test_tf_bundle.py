@@ -117,7 +117,7 @@ def test_big_endian_is_swapped(tmp_path):
 
 
 def compress(data: bytes) -> bytes:
-    """Snappy, simply: literals of 60 bytes, and copies of what repeats every four bytes."""
+    """Snappy, simply: literals of 8 bytes, and copies of what repeats every four bytes."""
     out, place = bytearray(write_varint(len(data))), 0
     while place < len(data):
         run = 0
@@ -127,7 +127,7 @@ def compress(data: bytes) -> bytes:
             out += bytes([1 | (run - 4) << 2, 4])  # a copy from four bytes back, which may reach into itself
             place += run
         else:
-            part = data[place : place + 60]
+            part = data[place : place + 8]
             out += bytes([(len(part) - 1) << 2]) + part
             place += len(part)
     return bytes(out)
@@ -207,12 +207,13 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_bundle_that_breaks_off_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(ValueError, match="must be of a type that TensorFlow has, got object"),
-        BundleWriter(tmp_path / "b") as bundle,
-    ):
-        bundle.add("x", np.ones(3))
-        bundle.add("y", np.array([None]))
+    def write() -> None:
+        with BundleWriter(tmp_path / "b") as bundle:
+            bundle.add("x", np.ones(3))
+            bundle.add("y", np.array([None]))
+
+    with pytest.raises(ValueError, match="must be of a type that TensorFlow has, got object"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -383,10 +384,13 @@ def check_faults(tmp_path: Path, name: str, count: int, seed: int) -> dict[str, 
         path = rng.choice(sorted(good))
         seal = path.suffix == ".index" and rng.random() < 0.3
         path.write_bytes(resealed(good[path], rng) if seal else mutated(good[path], rng))
+        message, read = "", None
         try:
             read = contents(read_tf_checkpoint(prefix))
         except CheckpointFileError as error:
-            assert "\n" not in str(error)
+            message = str(error)
+        assert "\n" not in message
+        if message:
             found["refused"] += 1
         else:
             if seal:

@@ -198,7 +198,10 @@ def _batch_norm() -> Tree:
 
 
 class ObjectGraph:
-    """The objects of a tree, each once, numbered level by level as TensorFlow does; its path is the first to lead there."""
+    """The objects of a tree, each once, numbered level by level as TensorFlow does.
+
+    A path is the first that leads to its object.
+    """
 
     def __init__(self, root: Tree) -> None:
         self.paths: list[str] = [""]

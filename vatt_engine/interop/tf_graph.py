@@ -232,6 +232,8 @@ class ObjectGraph:
     def serialized(self, slots: Sequence[Slot]) -> bytes:
         """The graph as a TrackableObjectGraph, the optimizer's slots behind the objects."""
         numbers = {path: number for number, path in enumerate(self.paths)}
+        kinds = list(dict.fromkeys(slot.name for slot in slots))
+        slots = sorted(slots, key=lambda slot: (kinds.index(slot.name), numbers[slot.path]))
         of_optimizer = b""
         for offset, slot in enumerate(slots):
             reference = _fields({1: numbers[slot.path], 2: slot.name.encode(), 3: len(self.objects) + offset})

@@ -1,5 +1,6 @@
 """`vatt convert SOURCE DESTINATION`: between runs, models as plain safetensors, DeepSpeed universal checkpoints and the
-official TensorFlow checkpoints."""
+official TensorFlow checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine import checkpoint
 from vatt_engine.engine.seeds import random_state
 from vatt_engine.interop.deepspeed import Universal, is_universal, read_universal, write_universal
+from vatt_engine.interop.tf_export import write_tf_checkpoint
 from vatt_engine.interop.tf_files import is_tf_checkpoint
-from vatt_engine.models import build_model, from_pretrained, save_pretrained
+from vatt_engine.models import build_model, from_pretrained, read_config, save_pretrained
+from vatt_engine.models.registry import ModelConfig
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.convert_official import (
     as_universal,
@@ -27,6 +30,7 @@ from vatt_engine.tasks.convert_official import (
     write_official_run,
 )
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.towers import load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class ConvertConfig:
         destination: a new folder.
         to: "model" for plain safetensors, "universal" for DeepSpeed, "run" for a checkpoint that
             `vatt pretrain CONFIG --out DESTINATION --resume` continues: without moments after a model folder, and with
-            the data from its beginning.
+            the data from its beginning; "tensorflow" for a checkpoint that the official code restores.
         config: recipe, YAML file or config.json of the model, for a universal source that becomes a model; of an
             official checkpoint the shapes tell it.
         head_dim: width of an attention head in an official checkpoint, which its shapes do not tell: none for 64, one
@@ -51,7 +55,7 @@ class ConvertConfig:
 
     source: str
     destination: str
-    to: Literal["model", "universal", "run"] = "model"
+    to: Literal["model", "universal", "run", "tensorflow"] = "model"
     config: str | None = None
     head_dim: tuple[int, ...] = ()
     vocabulary: str | None = None
@@ -79,13 +83,17 @@ def main(argv: Sequence[str]) -> int:
         checkpoint.save(destination, found.step, tensors, {**counters, "random": random_state(), "extra": {}})
         if (words := _words(config)) is not None:
             words.save(destination / "tokenizer.json")
-    else:
+    elif config.to == "universal":
         _write_universal(found, config, destination, _model(config))
+    else:
+        _write_tensorflow(found, config, destination)
     _done(config, found.step, len(found.weights))
     return 0
 
 
 def _from_official(config: ConvertConfig, destination: Path) -> int:
+    if config.to == "tensorflow":
+        raise ConfigError(f"vatt convert: --to must be another form than that of {config.source}, got 'tensorflow'.")
     found = read_official(config.source, config.head_dim, config.config)
     if config.to == "model":
         write_official_model(found, destination, config.vocabulary)
@@ -106,6 +114,17 @@ def _write_universal(found: Universal, config: ConvertConfig, destination: Path,
     write_universal(destination, found, buffers={name for name, _ in model.named_buffers()})
 
 
+def _write_tensorflow(found: Universal, config: ConvertConfig, destination: Path) -> None:
+    source, constants = Path(config.source), {}
+    if (source / "config.yaml").is_file():
+        optim = load_run_config(source).optim
+        constants = {"beta_1": optim.betas[0], "beta_2": optim.betas[1], "momentum": optim.momentum}
+    prefix = write_tf_checkpoint(
+        destination, _model_config(config), found.weights, moments=found.moments, step=found.step, constants=constants
+    )
+    print(f"the official code restores {prefix} with --override_checkpoint, or by --model_dir", file=sys.stderr)
+
+
 def _done(config: ConvertConfig, step: int, num_tensors: int) -> None:
     print(f"{config.source}, step {step} -> {config.destination} ({num_tensors} tensors)", file=sys.stderr)
 
@@ -120,7 +139,7 @@ def _read(source: Path, to: str) -> Universal:
         print(reason, file=sys.stderr)
     if "loss" in found.tensors:
         names = ", ".join(found.tensors["loss"])
-        if to != "model":
+        if to not in ("model", "tensorflow"):
             expected = f"have no parameters of the loss, which have no place in a {to} one"
             raise ConfigError(f"vatt convert: {source} must {expected}, got {names}. `--to model` leaves them out.")
         print(f"note: {names} of the loss has no place in a model and is left out", file=sys.stderr)
@@ -130,13 +149,17 @@ def _read(source: Path, to: str) -> Universal:
 
 
 def _model(config: ConvertConfig) -> nn.Module:
+    return build_model(_model_config(config))
+
+
+def _model_config(config: ConvertConfig) -> ModelConfig:
     source = Path(config.source)
     if config.config is None and (source / "config.json").is_file():
-        return from_pretrained(source)
+        return read_config(source / "config.json")
     described = config.config or str(source / "config.yaml")
     if config.config is None and not Path(described).is_file():
         raise ConfigError(f"vatt convert: --config must name the model of {source}, got none. A recipe or a YAML file.")
-    return build_model(described_model(described))
+    return described_model(described)
 
 
 def _write_model(found: Universal, config: ConvertConfig, destination: Path) -> None:

@@ -21,6 +21,13 @@ CODECS = {  # by suffix: of the picture (None: the container takes none) and of 
     ".mkv": ("libx264", "aac"),
     ".webm": ("libvpx-vp9", "libopus"),
     ".avi": ("mpeg4", "libmp3lame"),
+    ".ts": ("libx264", "aac"),
+    ".mpg": ("mpeg2video", "mp2"),
+    ".wmv": ("wmv2", "wmav2"),
+    ".flv": ("libx264", "aac"),
+    ".nut": ("libx264", "aac"),
+    ".h264": ("libx264", None),
+    ".hevc": ("libx265", None),
     ".m4a": (None, "aac"),
     ".ogg": (None, "libopus"),
     ".mp3": (None, "libmp3lame"),
@@ -60,6 +67,7 @@ def write_media(
     audio_codec=None,
     options=None,
     start=0.0,
+    sound_start=0.0,
 ):
     """Encodes frames and a waveform into one media file.
 
@@ -69,7 +77,8 @@ def write_media(
     x265 needs 64 x 64 pixels: PyAV 18's was seen to corrupt its heap, and so to end the process, at 48 x 32.
 
     Args:
-        path: .mp4 .mov .mkv .webm .avi, or audio alone: .m4a .ogg .mp3 .flac .wav.
+        path: .mp4 .mov .mkv .webm .avi .ts .mpg .wmv .flv .nut; audio alone: .m4a .ogg .mp3 .flac .wav; video alone,
+            without a container: .h264 .hevc.
         frames: [T, H, W, 3], uint8 RGB, tensor or array; height and width even. None: no video track.
         fps: frames per second, constant; a Fraction such as 30000/1001 stays exact.
         times: [T] seconds, increasing, for a variable frame rate; stored on the container's clock (1/60000 s in mp4,
@@ -78,6 +87,7 @@ def write_media(
         video_codec, audio_codec: FFmpeg encoders; None: by suffix.
         options: of the video encoder.
         start: seconds at which both tracks begin.
+        sound_start: seconds by which the sound begins later than the picture.
     """
     import av
 
@@ -101,7 +111,7 @@ def write_media(
             waveform = waveform[:, None] if waveform.ndim == 1 else waveform
             stream = audio_stream(container, audio_codec or codecs[1], sample_rate, {})
             stream.layout = LAYOUTS[waveform.shape[1]]
-            tracks.append((stream, audio_frames(waveform, sample_rate, round(start * sample_rate))))
+            tracks.append((stream, audio_frames(waveform, sample_rate, round((start + sound_start) * sample_rate))))
         for stream, source in tracks:
             own = [packet for frame in source for packet in stream.encode(frame)] + stream.encode(None)
             early = min(own[0].dts, 0) if path.suffix == ".avi" else 0
@@ -110,6 +120,19 @@ def write_media(
             packets += own
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
             container.mux(packet)
+
+
+def numbered(count, start=0, height=64):
+    """Frames of 128 pixels that show their number: column k is white where bit k is set."""
+    numbers = torch.arange(start, start + count)
+    bits = (numbers[:, None] >> torch.arange(8)) & 1
+    return bits.repeat_interleave(16, 1)[:, None, :, None].expand(count, height, 128, 3).mul(255).byte().contiguous()
+
+
+def numbers_of(video):
+    """What the frames of `numbered` show."""
+    bits = video.float().mean((1, 3)).unflatten(1, (8, -1)).mean(2) > 128
+    return (bits * 2 ** torch.arange(8)).sum(1).tolist()
 
 
 def clock(fps, times, start, num_frames, suffix):

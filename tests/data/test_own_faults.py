@@ -7,7 +7,7 @@ import pytest
 import torch
 from media_files import write_media
 
-from vatt_engine.data import streams, transcode, workers
+from vatt_engine.data import pictures, transcode, workers
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.dali import DaliLoader
 from vatt_engine.data.loader import Loader
@@ -35,8 +35,8 @@ PLANTS = {
     "ValueError": "lambda *_, **__: int('no number')",
 }
 PLANT = """
-from vatt_engine.data import streams, {module}
-streams.scaled_size = {plant}
+from vatt_engine.data import pictures, {module}
+pictures.scaled_size = {plant}
 {module}.{entry}()
 """
 
@@ -70,7 +70,7 @@ def told(error):
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_decoding_in_a_thread(clip, monkeypatch, plant):
-    monkeypatch.setattr(streams, "scaled_size", eval(PLANTS[plant]))
+    monkeypatch.setattr(pictures, "scaled_size", eval(PLANTS[plant]))
     with Loader([Sample(0, 0, clip)], CONFIG) as loader, pytest.raises(class_seen(plant)) as caught:
         next(iter(loader))
     assert f"reading {clip}" in told(caught.value)
@@ -106,7 +106,7 @@ def test_encoding(clip, tmp_path, monkeypatch, capfd):
     """A wrong value for the encoder, where the file was read without a fault."""
     plant = "ValueError"
     program = PLANT.format(module="transcode", entry="main", plant=PLANTS[plant])
-    monkeypatch.setattr(transcode, "PROGRAM", program.replace("streams.scaled_size", "transcode.write_pictures"))
+    monkeypatch.setattr(transcode, "PROGRAM", program.replace("pictures.scaled_size", "transcode.write_pictures"))
     with pytest.raises(ChildProcessError, match="exit code 1"):
         prepare(manifest_of(clip), tmp_path / "out", PrepareConfig(workers=1))
     said = capfd.readouterr().err

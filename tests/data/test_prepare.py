@@ -12,7 +12,7 @@ from hashlib import sha256
 
 import pytest
 import torch
-from media_files import write_media
+from media_files import numbered, numbers_of, write_media
 
 from vatt_engine.data import transcode
 from vatt_engine.data.manifest import Caption, ManifestError, Sample, read_manifest, sample_id
@@ -23,19 +23,6 @@ from vatt_engine.data.transcode import CODECS
 
 RATE = 48_000
 SMALL = PrepareConfig(short_side=64, workers=2, shard_mib=1)
-
-
-def numbered(count, start=0):
-    """Frames that show their number: column k is white where bit k is set."""
-    numbers = torch.arange(start, start + count)
-    bits = (numbers[:, None] >> torch.arange(8)) & 1
-    return bits.repeat_interleave(16, 1)[:, None, :, None].expand(count, 64, 128, 3).mul(255).byte().contiguous()
-
-
-def numbers_of(video):
-    """What the frames of `numbered` show."""
-    bits = video.float().mean((1, 3)).unflatten(1, (8, -1)).mean(2) > 128
-    return (bits * 2 ** torch.arange(8)).sum(1).tolist()
 
 
 def on_screen(times, seconds):

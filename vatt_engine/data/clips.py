@@ -29,6 +29,7 @@ class Decoded(NamedTuple):
     start: float
     end: float
     note: str = ""  # what was odd about decoding it
+    set_note: str = ""  # what was odd and probably is so in all files of the set
 
 
 class Row(NamedTuple):
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     text_mask: bool
     sample: Sample
     note: str  # what is odd about the sample, which is used all the same
+    set_note: str = ""  # what is odd and probably is so in all samples of the set
 
 
 class ClipReader:
@@ -93,7 +95,7 @@ class ClipReader:
         if config.num_samples:
             audio = torch.zeros(config.num_samples) if clip.audio is None else clip.audio
             audio = augment_audio(audio, config.augment, generator) if self.train else audio
-        return Decoded(pictures, audio, clip.num_real_samples > 0, clip.start, end, clip.note)
+        return Decoded(pictures, audio, clip.num_real_samples > 0, clip.start, end, clip.note, clip.set_note)
 
     def worded(self, sample: Sample, decoded: Decoded) -> list[Row]:
         """The rows of a decoded window, with the captions of the sample nearest to it."""
@@ -105,11 +107,14 @@ class ClipReader:
             span = f"{sample.start:.3f} to {decoded.end:.3f} s"
             notes.append(f"captions must lie within the sample's {span}, got {left_out} outside.")
         text, text_mask = self._text(captions, decoded.start)
-        rest = (decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes))
+        rest = (decoded.audio, decoded.audio_mask, text, text_mask, sample, " ".join(notes), decoded.set_note)
         return [Row(video, *rest) for video in decoded.pictures]
 
-    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
-        """Decode the part of a sample that begins at `start`, and forget it: where the next one begins, what was odd.
+    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str, str]:
+        """Decode the part of a sample that begins at `start`, and forget it.
+
+        Returns:
+            Where the next part begins, None behind the last; what was odd; what was odd and probably is so in the set.
 
         Raises:
             MediaError: the file cannot be used.
@@ -120,7 +125,8 @@ class ClipReader:
         num_frames = max(1, round(part * config.fps)) if config.num_frames else 0
         num_samples = round(part * config.sample_rate) if config.num_samples else 0
         clip = media.read(start, num_frames=num_frames, num_samples=num_samples, **self._form)
-        return (start + seconds if start + seconds + 1 / config.fps < end else None), clip.note
+        following = start + seconds if start + seconds + 1 / config.fps < end else None
+        return following, clip.note, clip.set_note
 
     def _end(self, sample: Sample, source: Track | Media) -> float:
         """The second of the file at which the sample ends, or the file, if that is sooner."""
@@ -131,7 +137,7 @@ class ClipReader:
         return duration if sample.end is None else min(sample.end, duration)
 
     def _media(self, sample: Sample) -> Media:
-        media = open_media(sample, self.config.limits)
+        media = open_media(sample, self.config.limits, square_pixels=self.config.pixel_aspect == "square")
         if self.config.num_frames and not media.info.has_video:
             raise MediaError(sample.path, "the file must have a video track, got none.")
         if not self.config.num_frames and not media.info.has_audio:

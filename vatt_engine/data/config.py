@@ -31,6 +31,8 @@ class DataConfig:
             the centre.
         num_classes: of a set whose samples have several classes each, C: the labels are then 0 or 1 per class; 0: one
             class number per sample.
+        pixel_aspect: "stored" takes the pixels of a file as square, whatever it says, as the official pipeline does;
+            "square" stretches frames of other pixels until theirs are.
         decode_size: short side that larger frames are scaled down to before cropping; None: 8/7 of frame_size.
         cache: "memory" decodes each file once, whole, and cuts windows at its frames; for sets that fit.
         cache_gib: largest size of that cache in GiB.
@@ -67,6 +69,7 @@ class DataConfig:
     num_windows: int = 1
     num_crops: int = 1
     num_classes: int = 0
+    pixel_aspect: Literal["stored", "square"] = "stored"
     decode_size: int | None = None
     cache: Literal["none", "memory"] = "none"
     cache_gib: float = 8.0
@@ -107,6 +110,8 @@ class DataConfig:
             raise ValueError(f"DataConfig: cache must be 'none' or 'memory', got {self.cache!r}.")
         if self.loader not in ("auto", "pyav", "dali"):
             raise ValueError(f"DataConfig: loader must be auto, pyav or dali, got {self.loader!r}.")
+        if self.pixel_aspect not in ("stored", "square"):
+            raise ValueError(f"DataConfig: pixel_aspect must be stored or square, got {self.pixel_aspect!r}.")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"DataConfig: max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}.")
         if self.decode_size is not None and self.decode_size < self.frame_size:

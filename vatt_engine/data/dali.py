@@ -26,9 +26,10 @@ from vatt_engine.data.clips import ClipReader, Decoded, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample
-from vatt_engine.data.media import Clip, MediaError
+from vatt_engine.data.media import Clip, MediaError, aspect_note
+from vatt_engine.data.pictures import PictureForm
 from vatt_engine.data.resample import area_scaled, resampled
-from vatt_engine.data.streams import ROUNDING, read_member, scaled_size
+from vatt_engine.data.streams import ROUNDING, read_member
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.faults import raise_if_of_code
 
@@ -147,7 +148,7 @@ class DaliReader(ClipReader):
             return super().decode(sample, epoch, views)
 
     def _media(self, sample: Sample) -> DaliMedia:
-        return DaliMedia(sample, self.device)
+        return DaliMedia(sample, self.device, square_pixels=self.config.pixel_aspect == "square")
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -173,15 +174,18 @@ class DaliMedia:
     Args:
         sample: from read_shards.
         device: where frames and samples shall be.
+        square_pixels: see Media.
 
     Raises:
         MediaError: the sample has no video.
     """
 
-    def __init__(self, sample: Sample, device: torch.device):
+    def __init__(self, sample: Sample, device: torch.device, *, square_pixels: bool = False):
         if sample.video is None:
             raise MediaError(sample.path, "the file must have a video track, got none.")
         self.sample, self.device, self.duration = sample, device, sample.duration
+        self.aspect = sample.video.aspect if square_pixels else 1.0
+        self.set_note = "" if square_pixels else aspect_note(sample.video.aspect)
 
     def read(
         self,
@@ -205,8 +209,9 @@ class DaliMedia:
         times = (start + i / fps for i in range(min(num_frames, period)))
         video = self._frames([min(math.floor((time + ROUNDING) * rate), count - 1) for time in times])
         height, width = video.shape[1:3]
-        video = area_scaled(video, *scaled_size(width, height, short_side))
-        return Clip(video, audio, start, len(video), num_real)
+        form = PictureForm(short_side=short_side, aspect=self.aspect)
+        video = area_scaled(video, *form.size(width, height))
+        return Clip(video, audio, start, len(video), num_real, set_note=self.set_note)
 
     def _frames(self, wanted: list[int]) -> Tensor:
         """The frames of these rising numbers, [N, H, W, 3] uint8."""
@@ -246,7 +251,9 @@ class DaliMedia:
         first = round(start * sample_rate)
         wave = resampled(wave, int(member.rate), sample_rate, first, num_samples, self.device)
         num_real = len(wave)
-        wave = torch.nn.functional.pad(wave, (0, num_samples - num_real))
+        if member.heard is not None:
+            num_real = max((end for _, end in member.heard_within(start, num_real, sample_rate)), default=0)
+        wave = torch.nn.functional.pad(wave, (0, num_samples - len(wave)))
         return wave.nan_to_num_().clamp_(-1, 1), num_real
 
     def _content(self, kind: str) -> Any:

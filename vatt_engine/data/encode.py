@@ -14,6 +14,11 @@ CODECS = {".mp4": ("libx264", "aac"), ".webm": ("libvpx-vp9", "libopus")}  # of 
 EXACT = {"fflags": "+bitexact"}  # no date, no random ids
 
 
+# libswscale's flags "bicubic", "full_chroma_inp" and "accurate_rnd". Without them white becomes (253, 255, 253) in the
+# full range of MJPEG, and a grey has colours of 127 instead of 128.
+SCALER = 0x4 | 0x4000 | 0x40000
+
+
 def has_codec(name: str, mode: str = "w") -> bool:
     """Whether this FFmpeg encodes ("w") or decodes ("r") it."""
     import av
@@ -138,7 +143,7 @@ def video_frames(timed: Iterable[tuple[Tensor, int, int]], time_base: Fraction, 
     converter = av.video.reformatter.VideoReformatter()  # one for all frames: setting up costs more than converting
     for image, tick, gap in timed:
         frame = av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
-        frame = converter.reformat(frame, format=pix_fmt, threads=1)
+        frame = converter.reformat(frame, format=pix_fmt, interpolation=SCALER, threads=1)
         frame.pts, frame.time_base, frame.duration = tick, time_base, gap
         yield frame
 

@@ -30,10 +30,13 @@ MAX_TRIES = 20  # substitutes for one place of a batch
 
 
 class _Made(NamedTuple):
-    """What became of places that share a window: rows unless all failed, and (sample, reason, skipped) to report."""
+    """What became of places that share a window: rows unless all failed, and (sample, reason, kind) to report.
+
+    Kinds are "skipped", "noted", and "set" for a note that probably is true of the whole set.
+    """
 
     rows: list[Row]
-    reports: list[tuple[Sample, str, bool]]
+    reports: list[tuple[Sample, str, str]]
 
 
 class Loader:
@@ -186,9 +189,9 @@ class Loader:
         """The usable rows of a batch; reports go to the quarantine in the order of the set."""
         made = [future.result() for future in futures]
         for one in made:
-            for sample, reason, skipped in one.reports:
-                self.quarantine.add(sample, reason, step.epoch, skipped=skipped)
-            bad = sum(skipped for _, _, skipped in one.reports)
+            for sample, reason, kind in one.reports:
+                self.quarantine.add(sample, reason, step.epoch, skipped=kind == "skipped", once=kind == "set")
+            bad = sum(kind == "skipped" for _, _, kind in one.reports)
             self.quarantine.count(seen=bad + len(one.rows), bad=bad)
             if self.train:
                 self.quarantine.check(self.config.max_bad_fraction)
@@ -200,7 +203,7 @@ class Loader:
         return [row for one in made for row in one.rows]
 
     def _make(self, epoch: int, places: Sequence[Place]) -> _Made:
-        reports: list[tuple[Sample, str, bool]] = []
+        reports: list[tuple[Sample, str, str]] = []
         index, views = places[0].sample, [place.view for place in places]
         for attempt in range(MAX_TRIES if self.train else 1):
             if attempt:
@@ -209,9 +212,10 @@ class Loader:
             try:
                 rows = self._rows(sample, epoch, views)
             except MediaError as error:
-                reports += [(sample, error.reason, True)] * len(views)
+                reports += [(sample, error.reason, "skipped")] * len(views)
                 continue
-            return _Made(rows, reports + [(sample, row.note, False) for row in rows if row.note])
+            reports += [(sample, row.note, "noted") for row in rows if row.note]
+            return _Made(rows, reports + [(sample, row.set_note, "set") for row in rows if row.set_note])
         return _Made([], reports)
 
     def _rows(self, sample: Sample, epoch: int, views: Sequence[int]) -> list[Row]:

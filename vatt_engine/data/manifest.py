@@ -43,6 +43,8 @@ class Member(NamedTuple):
     """A media file as bytes of another: a member of a tar shard, read where it lies.
 
     `suffix` says what it is, `sha256` (hex) what its bytes are; it has `count` frames or samples, `rate` per second.
+    Pixels are `aspect` times as wide as high. Of sound, `heard` are the stretches (first, behind the last sample) that
+    the source had; the rest is silence that was put in. None: all of it.
     """
 
     path: Path
@@ -52,6 +54,18 @@ class Member(NamedTuple):
     sha256: str
     count: int
     rate: float
+    aspect: float = 1.0
+    heard: tuple[tuple[int, int], ...] | None = None
+
+    def heard_within(self, start: float, num_samples: int, sample_rate: int) -> tuple[tuple[int, int], ...]:
+        """The stretches that lie in a window from second `start` on, in samples of the window.
+
+        >>> Member(Path("a.tar"), 512, 9, ".flac", "", 100, 10.0, heard=((50, 80),)).heard_within(1.0, 60, 10)
+        ((40, 60),)
+        """
+        places = [[round((one / self.rate - start) * sample_rate) for one in span] for span in self.heard or ()]
+        spans = ((max(first, 0), min(end, num_samples)) for first, end in places)
+        return tuple((first, end) for first, end in spans if first < end)
 
 
 @dataclass(frozen=True, slots=True)

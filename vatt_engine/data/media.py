@@ -11,27 +11,20 @@ whole number of frames, so that they stay in step.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vatt_engine.data.manifest import Member, Sample
-from vatt_engine.data.streams import (
-    DEFAULT_LIMITS,
-    ROUNDING,
-    MediaError,
-    MediaLimits,
-    Reach,
-    Source,
-    contradictions,
-    scaled_size,
-)
+from vatt_engine.data.media_info import MediaInfo, contradictions, described
+from vatt_engine.data.pictures import PictureForm, pictures, stacked_pictures
+from vatt_engine.data.streams import DEFAULT_LIMITS, ROUNDING, MediaError, MediaLimits, Reach, Source
+from vatt_engine.data.waveforms import HOLE, joined, waveform
 
-ESTIMATED = {"mp3", "aac", "ac3", "eac3", "h264", "hevc", "m4v", "mpegvideo"}  # bare streams: FFmpeg guesses a length
 BLOCK_SECONDS = 600  # of sound in memory at a time where it is streamed
 _OF_AUDIO = ("has_audio", "audio_codec", "sample_rate", "audio_end")  # fields of MediaInfo
 
@@ -49,23 +42,6 @@ __all__ = [
 ]
 
 
-class MediaInfo(NamedTuple):
-    """What a file says about itself: seconds on the common clock, frame size as stored (before rotation)."""
-
-    duration: float
-    has_video: bool
-    has_audio: bool
-    width: int
-    height: int
-    fps: float  # average; 0 where unknown
-    video_codec: str
-    audio_codec: str
-    sample_rate: int
-    video_end: float | None  # the end each track promises; None where only the file has a length
-    audio_end: float | None
-    end: float | None  # the end that the file promises; None where its length is FFmpeg's estimate
-
-
 class Clip(NamedTuple):
     """A window of one file.
 
@@ -80,6 +56,17 @@ class Clip(NamedTuple):
     num_real_frames: int
     num_real_samples: int
     note: str = ""  # what was odd
+    set_note: str = ""  # what was odd and probably is so in all files of the set
+
+    def repeated(self, num_frames: int, num_samples: int) -> Clip:
+        """The clip of this length that repeats what is there, all of which comes from the file."""
+        video, audio = self.video, self.audio
+        num_real_frames = 0 if video is None else len(video)
+        if video is not None and len(video) < num_frames:
+            video = video[torch.arange(num_frames) % len(video)]
+        if audio is not None and len(audio) < num_samples:
+            audio = audio[torch.arange(num_samples) % len(audio)]
+        return self._replace(video=video, audio=audio, num_real_frames=num_real_frames)
 
 
 class Track(NamedTuple):
@@ -90,8 +77,14 @@ class Track(NamedTuple):
     fps: float
     sample_rate: int
     num_frames: int
-    num_real_samples: int
+    heard: tuple[tuple[int, int], ...]  # stretches of samples that the file has: the first, and behind the last
     note: str = ""
+    set_note: str = ""
+
+    @property
+    def num_real_samples(self) -> int:
+        """Samples up to the last that the file has."""
+        return max((end for _, end in self.heard), default=0)
 
     @property
     def duration(self) -> float:
@@ -108,8 +101,11 @@ class Track(NamedTuple):
         video = None if self.video is None else self.video[first : first + min(period, num_frames)]
         sample, num_left = (round(n / self.fps * self.sample_rate) for n in (first, period))
         audio = None if self.audio is None else self.audio[sample : sample + min(num_left, num_samples)]
-        num_real = 0 if audio is None else min(max(self.num_real_samples - sample, 0), len(audio))
-        return _repeated(video, audio, first / self.fps, num_frames, num_samples, num_real, self.note)
+        stop = sample + (0 if audio is None else len(audio))
+        ends = (min(end, stop) - sample for begin, end in self.heard if begin < stop and end > sample)
+        num_real = max(ends, default=0)
+        clip = Clip(video, audio, first / self.fps, 0, num_real, self.note, self.set_note)
+        return clip.repeated(num_frames, num_samples)
 
 
 def probe(path: str | Path, limits: MediaLimits = DEFAULT_LIMITS) -> MediaInfo:
@@ -172,13 +168,21 @@ def decode(
     return Media(path, limits).read_all(fps=fps, sample_rate=sample_rate, short_side=short_side)
 
 
-def open_media(sample: Sample, limits: MediaLimits = DEFAULT_LIMITS) -> Media:
-    """The media of a sample: its file, or its tracks where they lie in a shard; errors as Media.
+def aspect_note(aspect: float | Fraction) -> str:
+    """What there is to say about pixels that are not square and taken as if they were."""
+    if abs(aspect - 1) < 0.005:
+        return ""
+    hint = "See data.pixel_aspect."
+    return f"the pixels must be square, got {float(aspect):.3f} times as wide as high, taken as stored. {hint}"
+
+
+def open_media(sample: Sample, limits: MediaLimits = DEFAULT_LIMITS, *, square_pixels: bool = False) -> Media:
+    """The media of a sample: its file, or its tracks where they lie in a shard; arguments and errors as Media.
 
     >>> open_media(read_samples("shards")[0]).info.duration  # doctest: +SKIP
     """
     members = {kind: member for kind in ("video", "audio") if (member := getattr(sample, kind))}
-    return Media(sample.path, limits, members=members, duration=sample.duration)
+    return Media(sample.path, limits, members=members, duration=sample.duration, square_pixels=square_pixels)
 
 
 class Media:
@@ -190,6 +194,7 @@ class Media:
         members: instead, the tracks of a shard's sample, by "video" and "audio"; `path` then only names it. Second 0 is
             that of both, and a window begins with the frame on screen at its start.
         duration: of those, seconds; None: what they say.
+        square_pixels: frames whose pixels are not square are stretched until they are; False takes them as stored.
 
     Raises:
         MediaError: whatever is wrong with the file, whichever class PyAV raises for it.
@@ -204,6 +209,7 @@ class Media:
         *,
         members: Mapping[str, Member] | None = None,
         duration: float | None = None,
+        square_pixels: bool = False,
     ):
         if members:
             self._sources = {kind: Source(path, limits, member, kind) for kind, member in members.items()}
@@ -218,6 +224,10 @@ class Media:
                 self.info = self.info._replace(**{name: getattr(sound, name) for name in _OF_AUDIO})
             seconds = duration or max(info.duration for info in infos.values())
             self.info = self.info._replace(duration=seconds, video_end=seconds if self.info.has_video else None)
+            if "video" in members:
+                self.info = self.info._replace(pixel_aspect=members["video"].aspect)
+        self.aspect = float(self.info.pixel_aspect) if square_pixels else 1.0
+        self.set_note = "" if square_pixels else aspect_note(self.info.pixel_aspect)
         self._check_limits()
         if self.info.video_end is not None and self.info.video_end < self.info.duration - 0.5:
             text = f"last as long as the file, {self.info.duration:.3f} s, got {self.info.video_end:.3f} s"
@@ -251,32 +261,44 @@ class Media:
         if self._in_shard and self.info.fps:
             last = math.ceil((self.info.duration - ROUNDING) * self.info.fps) - 1
             start = max(0, min(math.floor((start + ROUNDING) * self.info.fps), last)) / self.info.fps
+        clip, _ = self._window(start, num_frames, fps, num_samples, sample_rate, self._form(short_side))
+        return clip.repeated(num_frames, num_samples)
+
+    def _form(self, short_side: int | None, multiple: int = 1) -> PictureForm:
+        return PictureForm(short_side=short_side, multiple=multiple, aspect=self.aspect)
+
+    def _window(
+        self, start: float, num_frames: int, fps: float, num_samples: int, sample_rate: int, form: PictureForm
+    ) -> tuple[Clip, tuple[tuple[int, int], ...]]:
+        """The window as far as the file goes, and the stretches of its samples that the file has."""
         period = self.frames_left(start, fps)
-        video, audio, num_real, reached = None, None, 0, {}
+        video, audio, heard, reached = None, None, (), {}
         with self._source.faults():
             if self.info.has_audio and num_samples:
                 wanted = min(num_samples, round(period / fps * sample_rate))
-                audio, num_real, reached["audio"] = self._sources["audio"].waveform(start, wanted, sample_rate)
+                audio, _, reached["audio"] = waveform(self._sources["audio"], start, wanted, sample_rate)
+                heard = self._heard(start, wanted, sample_rate, reached["audio"])
             if self.info.has_video and num_frames:
                 times = [start + i / fps for i in range(min(num_frames, period))]
-                video, reached["video"] = self._sources["video"].frames(times, self.info.fps, short_side)
+                video, reached["video"] = stacked_pictures(self._sources["video"], times, self.info.fps, form)
             self.check_reached(start, reached)
         holes = [f"the {kind} must be whole, got a hole in it." for kind, reach in reached.items() if reach.holed]
-        return _repeated(video, audio, start, num_frames, num_samples, num_real, " ".join(self._notes + holes))
+        num_real = max((end for _, end in heard), default=0)
+        return Clip(video, audio, start, 0, num_real, " ".join(self._notes + holes), self.set_note), heard
+
+    def _heard(self, start: float, num_samples: int, sample_rate: int, reach: Reach) -> tuple[tuple[int, int], ...]:
+        """Of a shard's track, the index knows what is sound of the source and what is silence put in for it."""
+        member = self._sources["audio"].member
+        if member is None or member.heard is None:
+            return reach.heard
+        return member.heard_within(start, num_samples, sample_rate)
 
     def read_all(self, *, fps: float, sample_rate: int, short_side: int | None = None, pictures: bool = True) -> Track:
         """The whole file, or its sound alone; see decode."""
         count = self.frames_left(0.0, fps)
         num_samples = round(count / fps * sample_rate)
-        clip = self.read(
-            0.0,
-            num_frames=count if pictures else 0,
-            fps=fps,
-            num_samples=num_samples,
-            sample_rate=sample_rate,
-            short_side=short_side,
-        )
-        return Track(clip.video, clip.audio, fps, sample_rate, count, clip.num_real_samples, clip.note)
+        clip, heard = self._window(0.0, count * pictures, fps, num_samples, sample_rate, self._form(short_side))
+        return Track(clip.video, clip.audio, fps, sample_rate, count, heard, clip.note, clip.set_note)
 
     def pictures(
         self, start: float, num_frames: int, *, fps: float, short_side: int | None, reached: dict[str, Reach]
@@ -284,16 +306,19 @@ class Media:
         """What `read` gives as video, one by one [H, W, 3] with even sides; check `reached` at the end."""
         times = [start + i / fps for i in range(num_frames)]
         with self._source.faults():
-            yield from self._sources["video"].pictures(times, self.info.fps, short_side, reached, multiple=2)
+            form = self._form(short_side, multiple=2)
+            yield from pictures(self._sources["video"], times, self.info.fps, form, reached)
 
     def sound(self, start: float, num_samples: int, sample_rate: int, reached: dict[str, Reach]) -> Iterator[Tensor]:
         """What `read` gives as audio, in pieces [L] up to the last sample of the track; check `reached` at the end."""
-        silent, step = 0, BLOCK_SECONDS * sample_rate
+        silent, step, heard = 0, BLOCK_SECONDS * sample_rate, []
         with self._source.faults():
             for begin in range(0, num_samples, step):
                 length = min(step, num_samples - begin)
-                block = self._sources["audio"].waveform(start + begin / sample_rate, length, sample_rate)
-                wave, num_real, reached["audio"] = block
+                at = start + begin / sample_rate
+                wave, num_real, reach = waveform(self._sources["audio"], at, length, sample_rate)
+                heard += [(begin + first, begin + end) for first, end in reach.heard]
+                reached["audio"] = reach._replace(heard=tuple(joined(heard, round(HOLE * sample_rate))))
                 if num_real:
                     yield torch.cat([torch.zeros(silent), wave[:num_real]])
                     silent = 0
@@ -302,7 +327,7 @@ class Media:
     def track_bytes(self, *, fps: float, sample_rate: int, short_side: int | None = None, pictures: bool = True) -> int:
         """The memory that `read_all` will need."""
         count = self.frames_left(0.0, fps)
-        width, height = scaled_size(self.info.width, self.info.height, short_side)
+        width, height = self._form(short_side).size(self.info.width, self.info.height)
         return count * width * height * 3 * pictures + round(count / fps * sample_rate) * 4 * self.info.has_audio
 
     def _opened(self, source: Source) -> MediaInfo:
@@ -310,14 +335,15 @@ class Media:
             starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
             source.zero = 0.0 if source.member else float(min(starts, default=0))
             self._notes += contradictions(source.zero, container, streams)
-            return _described(source.zero, container, streams)
+            return described(source.zero, container, streams)
 
     def _check_limits(self) -> None:
         info, limits = self.info, self._source.limits
         if not (info.has_video or info.has_audio):
             raise self._source.error("the file must have a video or an audio track, got neither.")
-        if info.has_video and not 0 < info.width * info.height <= limits.max_pixels:
-            size = f"{info.width} x {info.height}" if info.width else "a size that FFmpeg does not tell"
+        width, height = self._form(None).size(info.width, info.height)
+        if info.has_video and not (info.width and info.height and width * height <= limits.max_pixels):
+            size = f"{width} x {height}" if info.width else "a size that FFmpeg does not tell"
             raise self._source.error(f"a frame must have at most {limits.max_pixels} pixels, got {size}.")
         if info.duration > limits.max_seconds:
             text = f"the file must last at most {limits.max_seconds:g} s, got {info.duration:g} s."
@@ -332,64 +358,3 @@ class Media:
             if promise is not None and reach.end + reach.slack < min(promise, reach.stop):
                 text = f"decoded {reach.num_got} of {reach.num_wanted} {reach.unit} from {start:.3f} s"
                 raise self._source.error(f"the {kind} must last {promise:.3f} s as promised, got {text}.")
-
-
-def _described(zero: float, container: Any, streams: dict[str, Any]) -> MediaInfo:
-    ends = {kind: _promised_end(zero, container, stream) for kind, stream in streams.items()}
-    known = [end for end in ends.values() if end is not None]
-    if len(known) < len(streams) and container.duration is not None:
-        begin = 0 if "matroska" in container.format.name else (container.start_time or 0)
-        known.append((begin + container.duration) / 1e6 - zero)
-    video, audio = (streams[kind].codec_context if kind in streams else None for kind in ("video", "audio"))
-    rate = streams["video"].average_rate or streams["video"].guessed_rate if video else None
-    return MediaInfo(
-        duration=max(known, default=0) or _scanned_end(zero, container, streams),
-        has_video=video is not None,
-        has_audio=audio is not None,
-        width=video.width if video else 0,
-        height=video.height if video else 0,
-        fps=float(rate or 0),
-        video_codec=video.codec.name if video else "",
-        audio_codec=audio.codec.name if audio else "",
-        sample_rate=audio.sample_rate if audio else 0,
-        video_end=ends.get("video"),
-        audio_end=ends.get("audio"),
-        end=max(known, default=None) if container.format.name not in ESTIMATED else None,
-    )
-
-
-def _promised_end(zero: float, container: Any, stream: Any) -> float | None:
-    """When the container says that a track ends, in seconds on the common clock."""
-    if container.format.name in ESTIMATED:
-        return None
-    if stream.duration is not None:
-        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - zero
-    clock = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska's tag
-    return clock and sum(float(clock[i]) * 60 ** (3 - i) for i in (1, 2, 3)) - zero
-
-
-def _scanned_end(zero: float, container: Any, streams: dict[str, Any]) -> float:
-    """The end of a file without a length (a live recording, a pipe), by its packets."""
-    end = 0.04  # a still picture has no time
-    for packet in container.demux(list(streams.values())):
-        if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
-    return end
-
-
-def _repeated(
-    video: Tensor | None,
-    audio: Tensor | None,
-    start: float,
-    num_frames: int,
-    num_samples: int,
-    num_real_samples: int,
-    note: str,
-) -> Clip:
-    """The clip of the given length that repeats what is there."""
-    num_real_frames = 0 if video is None else len(video)
-    if video is not None and len(video) < num_frames:
-        video = video[torch.arange(num_frames) % len(video)]
-    if audio is not None and len(audio) < num_samples:
-        audio = audio[torch.arange(num_samples) % len(audio)]
-    return Clip(video, audio, start, num_real_frames, num_real_samples, note)

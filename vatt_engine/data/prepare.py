@@ -42,6 +42,8 @@ class PrepareConfig:
     Args:
         fps: frames per second, constant.
         short_side: pixels that the short side of larger frames is scaled down to.
+        pixel_aspect: "stored" keeps pixels that are not square as they are, and their shape in the index; "square"
+            stretches frames until they are.
         codec: "h264", "vp9" or "mjpeg".
         crf: quality, lower is better: 0 to 51 (h264), 63 (vp9), mjpeg's quantiser 1 to 31; None: 20, 28, 3.
         sample_rate: of the sound, mono, in Hz.
@@ -53,6 +55,7 @@ class PrepareConfig:
 
     fps: float = 10.0
     short_side: int = 256
+    pixel_aspect: Literal["stored", "square"] = "stored"
     codec: Literal["h264", "vp9", "mjpeg"] = "h264"
     crf: int | None = None
     sample_rate: int = 48_000
@@ -64,6 +67,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"PrepareConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}.")
+        if self.pixel_aspect not in ("stored", "square"):
+            raise ValueError(f"PrepareConfig: pixel_aspect must be stored or square, got {self.pixel_aspect!r}.")
         worst = CODECS[self.codec].worst
         limits = {"fps": (0.1, 120), "short_side": (16, 4096), "sample_rate": (8000, 192_000), "shard_mib": (1, 65536)}
         limits |= {"workers": (0, 256), "time_limit": (1, 86_400), "crf": (0, worst)}
@@ -143,6 +148,7 @@ def _settings(manifest: Path, samples: Sequence[Sample], config: PrepareConfig) 
         "format": FORMAT,
         "fps": float(config.fps),
         "short_side": config.short_side,
+        **({} if config.pixel_aspect == "stored" else {"pixel_aspect": config.pixel_aspect}),
         "codec": config.codec,
         "crf": codec.crf if config.crf is None else config.crf,
         "gop": max(1, round(config.fps)),  # a key frame per second
@@ -156,7 +162,8 @@ def _settings(manifest: Path, samples: Sequence[Sample], config: PrepareConfig) 
 
 
 def _check_same(where: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
+    for name in settings.keys() | {"pixel_aspect"}:
+        value = settings.get(name)
         if found.get(name) != value:
             text = f"prepare: {name} must be that of {where}, {found.get(name)!r}, got {value!r}."
             raise ValueError(f"{text} Choose another OUT, or remove what is there.")

@@ -37,6 +37,7 @@ class Quarantine:
                 self.path.write_text(f"{content}\n", encoding="utf-8")
             self.entries = [entry for line in content.split("\n") if (entry := _entry(line))]
         self._known = {(entry["path"], entry["reason"]) for entry in self.entries}
+        self._known |= {("", entry["reason"]) for entry in self.entries if not entry["skipped"]}
 
     def __len__(self) -> int:
         """Number of files that were skipped at least once."""
@@ -47,13 +48,14 @@ class Quarantine:
         """Number of files that were used in spite of something odd."""
         return len({entry["path"] for entry in self.entries if not entry["skipped"]})
 
-    def add(self, sample: Sample, reason: str, epoch: int, *, skipped: bool = True) -> None:
-        """Name one fault, or one note about a sample that was kept."""
+    def add(self, sample: Sample, reason: str, epoch: int, *, skipped: bool = True, once: bool = False) -> None:
+        """Name one fault, or one note about a sample that was kept; `once`: the first sample stands for the set."""
         place = {"path": str(sample.path), "line": sample.line}
         entry = place | {"reason": reason, "epoch": epoch, "skipped": skipped}
-        if (entry["path"], reason) in self._known:
+        key = ("" if once else entry["path"], reason)
+        if key in self._known:
             return
-        self._known.add((entry["path"], reason))
+        self._known.add(key)
         self.entries.append(entry)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,9 @@ CROSSINGS, CUTOFF, BETA = 16, 0.97, 9.0  # libswresample's: zero crossings to a 
 
 
 def area_scaled(frames: Tensor, width: int, height: int) -> Tensor:
-    """[T, H, W, 3] uint8 scaled down: each new pixel is the mean of the area it covers (libswscale's "area").
+    """[T, H, W, 3] uint8 scaled as by libswscale's "area": down to the mean of the area that each new pixel covers.
+
+    A side that grows, which pixels that are not square may need, is interpolated linearly.
 
     >>> area_scaled(torch.tensor([0, 90, 30]).byte().view(1, 1, 3, 1), 2, 1).flatten()
     tensor([30, 50], dtype=torch.uint8)
@@ -25,7 +27,10 @@ def area_scaled(frames: Tensor, width: int, height: int) -> Tensor:
 
 
 def _shares(old: int, new: int) -> Tensor:
-    """[new, old]: the part of each new pixel that lies in each old one."""
+    """[new, old]: the part of each new pixel that lies in each old one, or that it has by linear interpolation."""
+    if new > old:
+        place = ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5).clamp_(0, old - 1)
+        return (1 - (place[:, None] - torch.arange(old, dtype=torch.float64)).abs()).clamp_(min=0).float()
     edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * old / new
     place = torch.arange(old, dtype=torch.float64)
     overlap = torch.minimum(edges[1:], place + 1) - torch.maximum(edges[:-1], place)

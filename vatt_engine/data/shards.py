@@ -9,14 +9,17 @@ j / sample_rate, of the same second 0. The index has one JSON object per line:
      "sample_rate": 48000, "shard_mib": 512, "manifest": name, "manifest_sha256": ..., "rows": N, "part": "0/1",
      "shards": ..., "samples": ..., "rejected": ..., "seconds": ...}
     {"kind": "sample", "key": ..., "path": source, "line": of the manifest, "shard": "000000.tar",
-     "video": {"name", "offset", "size", "sha256", "frames", "width", "height"} or null,
-     "audio": {"name", "offset", "size", "sha256", "samples"} or null, "json": {"name", "offset", "size", "sha256"},
+     "video": {"name", "offset", "size", "sha256", "frames", "width", "height", "aspect"} or null,
+     "audio": {"name", "offset", "size", "sha256", "samples", "heard"} or null,
+     "json": {"name", "offset", "size", "sha256"},
      "duration": of the source in seconds, "captions": [{"text", "start", "end"}], "label": ...}
     {"kind": "rejected", "path": source, "line": of the manifest, "reason": ...}
     {"kind": "shard", "name": "000000.tar", "size": ..., "sha256": ..., "samples": ...}
 
 Offset and size are those of the member's content in its tar, in bytes. Samples stand in the manifest's order; "path"
-is followed by "start" and "end" where the sample is a part of its source. A shard's name may lead into a folder. The
+is followed by "start" and "end" where the sample is a part of its source. "aspect", the width of a pixel by its height,
+is there where that is not 1; "heard", a list of [first sample, one behind the last], where the source has sound in
+parts of the track alone and the rest is silence that was put in. A shard's name may lead into a folder. The
 sound ends where the source's does and never after the last frame; a clip begins at a frame: the one on screen at its
 start, floor((start + 1 ms) * fps) / fps, for picture and sound.
 """
@@ -234,13 +237,30 @@ def _sample(row: Row, shard: str, position: int, sizes: dict[str, int], rates: d
                 raise within.error("size", f"end in {shard} of {sizes[shard]} bytes, got {offset} + {size}")
             digest = within.get("sha256", str, lambda v: bool(re.fullmatch("[0-9a-f]{64}", v)), "be 64 hex digits")
             length = within.get(_UNITS[kind], int, lambda v: v > 0, "be a count above 0")
-            members[kind] = Member(tar, offset, size, name[len(key) :], digest, length, rates[kind])
+            about = (digest, length, rates[kind], _aspect(within), _heard(within))
+            members[kind] = Member(tar, offset, size, name[len(key) :], *about)
     if not members:
         raise row.error("video", "be given where audio is not, got neither")
     duration = row.get("duration", float, lambda v: 0 < v < math.inf, "be seconds above 0")
     captions = checked_captions(row.index, row.line, row.values.get("captions"))
     label = checked_label(row.index, row.line, row.values.get("label"))
     return Sample(position, int(key, 16), tar / key, captions, label, row.line, duration=duration, **members)
+
+
+def _aspect(within: Row) -> float:
+    if "aspect" not in within.values:
+        return 1.0
+    return within.get("aspect", float, lambda value: 0 < value < math.inf, "be a number above 0")
+
+
+def _heard(within: Row) -> tuple[tuple[int, int], ...] | None:
+    def valid(spans: list) -> bool:
+        pairs = all(type(span) is list and len(span) == 2 and all(type(one) is int for one in span) for span in spans)
+        return pairs and all(0 <= first < end for first, end in spans)
+
+    if "heard" not in within.values:
+        return None
+    return tuple(map(tuple, within.get("heard", list, valid, "be pairs of rising sample numbers")))
 
 
 def key_of(sample: Sample) -> str:

@@ -31,12 +31,14 @@ from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import Media
 from vatt_engine.data.shards import key_of, replace_synced, write_synced
 from vatt_engine.data.streams import ROUNDING, MediaError, MediaLimits, Reach
+from vatt_engine.data.waveforms import HOLE, joined
 from vatt_engine.faults import raise_if_of_code
 
 PROGRAM = "from vatt_engine.data.transcode import main; main()"
 START_SECONDS = 600.0  # for a worker to import what it needs
 AHEAD = 64  # files per worker that may wait for a slower one before them
 TOLD_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAX_STRETCHES = 1000  # of sound that the index tells apart
 LIMITS = MediaLimits(max_frames=10_000_000)  # a whole file is one window here
 # Writing fails: not the fault of the file that is being read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -75,12 +77,13 @@ def transcode(job: dict[str, Any], settings: dict[str, Any], folder: Path, alive
         alive: called for every picture and piece of sound.
 
     Returns:
-        {"video": {"frames", "width", "height"} or None, "audio": {"samples"} or None, "duration": seconds}.
+        {"video": {"frames", "width", "height"} or None, "audio": {"samples"} or None, "duration": seconds}; with
+        "aspect" and "heard" as in the index.
 
     Raises:
         MediaError: the file cannot be used.
     """
-    media = Media(job["path"], LIMITS)
+    media = Media(job["path"], LIMITS, square_pixels=settings.get("pixel_aspect") == "square")
     reached: dict[str, Reach] = {}
     start, length, fps, rate = job["start"], media.info.duration, settings["fps"], settings["sample_rate"]
     duration = min(length, math.inf if job["end"] is None else job["end"]) - start
@@ -99,15 +102,32 @@ def transcode(job: dict[str, Any], settings: dict[str, Any], folder: Path, alive
         pictures = media.pictures(start, num_frames, fps=fps, short_side=settings["short_side"], reached=reached)
         path, options = folder / f"{job['key']}{codec.suffix}", codec.filled(settings["crf"], settings["gop"])
         height, width = write_pictures(path, watched(pictures), fps=fps, codec=codec.encoder, options=options)
-        video = {"frames": num_frames, "width": width, "height": height}
+        video = {"frames": num_frames, "width": width, "height": height} | _aspect(media, (width, height))
     if media.info.has_audio:
         sound = media.sound(start, round(duration * rate), rate, reached)
         count = write_sound(folder / f"{job['key']}.flac", watched(sound), sample_rate=rate, codec="flac")
-        audio = {"samples": count} if count else None
+        audio = {"samples": count} | _heard(reached["audio"], count, rate) if count else None
     media.check_reached(start, reached)
     if not (video or audio):
         raise MediaError(job["path"], "the file must give pictures or sound, got neither.")
     return {"video": video, "audio": audio, "duration": duration}
+
+
+def _aspect(media: Media, size: tuple[int, int]) -> dict[str, float]:
+    """The shape of the pixels of pictures of this size, where they are not square and stay so."""
+    aspect = float(media.info.pixel_aspect)
+    if aspect == 1 or media.aspect != 1:
+        return {}
+    is_turned = (size[0] < size[1]) != (media.info.width < media.info.height)
+    return {"aspect": 1 / aspect if is_turned else aspect}
+
+
+def _heard(reach: Reach, count: int, rate: int) -> dict[str, list]:
+    """Where the source has sound, unless that is everywhere."""
+    heard = joined(reach.heard, rate)  # what lacks less than a second is whole
+    if len(heard) > MAX_STRETCHES:
+        heard = [(heard[0][0], heard[-1][1])]
+    return {} if len(heard) == 1 and heard[0][0] < HOLE * rate else {"heard": heard}
 
 
 class Transcoders:

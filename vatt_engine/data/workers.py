@@ -81,11 +81,11 @@ class Workers:
             reply["note"] = " ".join(filter(None, (reply["note"], note)))
             return Decoded(pictures, audio, **reply)
 
-    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str]:
+    def check(self, sample: Sample, start: float, seconds: float) -> tuple[float | None, str, str]:
         """See ClipReader.check; errors as `decode`, whose limit of time holds for each part."""
         with self._borrowed() as worker:
             reply, note = worker.ask(sample, {"start": start, "seconds": seconds})
-            return reply["next"], " ".join(filter(None, (reply["note"], note)))
+            return reply["next"], " ".join(filter(None, (reply["note"], note))), reply["set_note"]
 
     def close(self) -> None:
         """Kill the processes."""
@@ -253,7 +253,7 @@ def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor | No
     sample = _sample(task["sample"])
     try:
         if "start" in task:
-            return dict(zip(("next", "note"), reader.check(sample, task["start"], task["seconds"])))
+            return dict(zip(("next", "note", "set_note"), reader.check(sample, task["start"], task["seconds"])))
         reader.seed = task["seed"]
         decoded = reader.decode(sample, task["epoch"], task["views"])
     except MediaError as error:
@@ -263,7 +263,7 @@ def _answer(reader: ClipReader, task: dict[str, Any], tensors: tuple[Tensor | No
         place.copy_(picture)
     if audio is not None:
         audio.copy_(decoded.audio)
-    return {name: getattr(decoded, name) for name in ("audio_mask", "start", "end", "note")}
+    return {name: getattr(decoded, name) for name in ("audio_mask", "start", "end", "note", "set_note")}
 
 
 def _sockets() -> tuple[socket.socket, socket.socket]:
@@ -298,5 +298,10 @@ def _fields(sample: Sample) -> dict[str, Any]:
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
-    members = {name: Member(Path(part[0]), *part[1:]) for name in ("video", "audio") if (part := fields[name])}
+    members = {name: _member(part) for name in ("video", "audio") if (part := fields[name])}
     return Sample(**fields | {"path": Path(fields["path"]), "captions": ()} | members)
+
+
+def _member(values: list[Any]) -> Member:
+    member = Member(Path(values[0]), *values[1:])
+    return member._replace(heard=None if member.heard is None else tuple(map(tuple, member.heard)))

@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     form = DataConfig(num_workers=workers, max_decode_seconds=config.max_decode_seconds)
     samples = read_samples(config.data)
     index = _index_of(config, samples)
-    usable, reasons, num_noted, progress = [], Counter(), 0, Progress()
-    for sample, fault, note in check(samples, form):
+    usable, reasons, num_noted, progress, of_set = [], Counter(), 0, Progress(), Counter()
+    for sample, fault, note, set_note in check(samples, form):
         if fault:
             print(f"unusable {sample.path}: {fault}")
             reasons[fault.partition(", got ")[0]] += 1
@@ -63,10 +63,16 @@ def main(argv: Sequence[str]) -> int:
             usable.append(sample)
         if note:
             print(f"noted {sample.path}: {note}")
-            num_noted += 1
+        if set_note:
+            if set_note not in of_set:
+                print(f"noted once for the set, first in {sample.path}: {set_note}")
+            of_set[set_note] += 1
+        num_noted += bool(note or set_note)
         progress(len(usable) + reasons.total(), reasons.total(), len(samples))
     if reasons:
         print(table([{"reason": reason, "samples": count} for reason, count in reasons.most_common()]))
+    for set_note, count in of_set.items():
+        print(f"{count} samples: {set_note}")
     print(f"{config.data}: {len(usable)} of {len(samples)} samples can be used, {num_noted} of them with a note")
     if config.out is not None and usable:
         _write(Path(config.out), usable, index)
@@ -74,8 +80,10 @@ def main(argv: Sequence[str]) -> int:
     return 1 if reasons else 0
 
 
-def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[tuple[Sample, str, str]]:
-    """(sample, why it cannot be used or "", what is odd about it or "") in the set's order.
+def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[tuple[Sample, str, str, str]]:
+    """(sample, why it cannot be used, what is odd about it, what is odd and probably is so in the set), or "" for each.
+
+    They come in the set's order.
 
     Args:
         samples: of any kind.
@@ -84,15 +92,15 @@ def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[tuple[Sampl
     >>> list(check(read_samples("a.jsonl"), DataConfig(num_workers=2)))  # doctest: +SKIP
     """
 
-    def checked(sample: Sample) -> tuple[Sample, str, str]:
-        start, notes = sample.start, {}
+    def checked(sample: Sample) -> tuple[Sample, str, str, str]:
+        start, notes, set_note = sample.start, {}, ""
         try:
             while start is not None:
-                start, note = workers.check(sample, start, PART_SECONDS)
+                start, note, set_note = workers.check(sample, start, PART_SECONDS)
                 notes[note] = None
         except MediaError as error:
-            return sample, error.reason, ""
-        return sample, "", " ".join(filter(None, notes))
+            return sample, error.reason, "", ""
+        return sample, "", " ".join(filter(None, notes)), set_note
 
     with closing(Workers(config, train=False)) as workers, ThreadPoolExecutor(config.num_workers) as threads:
         for begin in range(0, len(samples), AT_ONCE):

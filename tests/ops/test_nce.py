@@ -89,8 +89,9 @@ def sums_of(case, form, video, text, mask):
     """What each output adds up: the loss, the two gradients, and the temperature's gradient.
 
     A log-sum-exp is as far off as its similarities are, and adds up B P exponentials that come to 1. A gradient adds up
-    B P times G, which is off in proportion; of a single sample G is a difference of ones. The temperature's gradient is
-    a sum of all G s / t. A GPU that multiplies halves rounds G and both of its sides to float16: each term three times.
+    B P times G, which is off in proportion; G of a sample's own text is a difference of ones, and copies of a sample
+    cancel each other. The temperature's gradient is a sum of all G s / t. A GPU that multiplies halves rounds G and
+    both of its sides to float16: each term three times.
     """
     t, dim, columns = case.temperature, case.dim, case.rows * case.candidates
     weights = randn(case.rows, seed=0, dtype=torch.float64, device=video.device.type).abs() / case.rows
@@ -99,13 +100,13 @@ def sums_of(case, form, video, text, mask):
     seen = s if mask is None else s.masked_fill(~mask[:, None], -torch.inf)
     sums = seen.logsumexp((1, 2)), seen.logsumexp((0, 2)), seen.diagonal(0, 0, 1).logsumexp(0)
     loss = (sample_losses(form, *sums, mask) * weights).sum()
-    g, one = torch.autograd.grad(loss, s)[0], float(case.rows == 1)
-    terms = (g * s).norm().item() / t
-    of_sides = []  # before copies of a sample cancel each other
+    g = torch.autograd.grad(loss, s)[0]
+    of_sides, ones = [], 3 / case.rows  # with the largest weight of a sample
     for dims, own, other in (((1, 2), video, b), (0, text, a)):
-        size = ((g.abs().sum(dims) + one) / own.double().norm(dim=-1)).max() * other.abs().max() / t
+        size = ((g.abs().sum(dims) + ones) / own.double().norm(dim=-1)).max() * other.abs().max() / t
         of_sides.append([Sum(dim, size.item() / t), Sum(columns, size.item())])
-    of_tau = [Sum(dim, terms / t + one / t**2), Sum(columns, terms)]
+    terms = (g * s).norm().item() / t
+    of_tau = [Sum(dim, (terms + ones * case.rows**0.5 / t**2) / t), Sum(columns, terms)]
     if case.dtype != torch.float32:
         of_tau.append(Sum(3, terms, torch.float16))
     return [similarity_sum(dim, t), Sum(columns, 4.0)], *of_sides, of_tau

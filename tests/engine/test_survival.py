@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.test_strategies import build, error, flat, losses, same
+from engine.test_strategies import STEP_TOLERANCE, build, error, flat, losses, same
 from ranks import run_ranks
 
 from vatt_engine.collectives import world_size
@@ -120,7 +120,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(tmp_path, saved, loaded):
         for found in run_ranks("engine.test_survival:on_rank_loading", size, tmp_path / f"load-{size}"):
             for of, whole, got in found:
                 assert whole, (of, size)
-                assert error(got, wanted) < 1e-6, (of, size, got, wanted)
+                assert error(got, wanted) < STEP_TOLERANCE, (of, size, got, wanted)
 
 
 OUT_OF_MEMORY = """
@@ -177,7 +177,7 @@ def test_out_of_memory_halves_the_parts_and_keeps_the_batch(tmp_path, size):
         [line] = [line for line in text.splitlines() if line.startswith("LOSSES ")]
         parts, found = json.loads(line.removeprefix("LOSSES "))
         assert parts == 4 // size
-        assert error(found, wanted[-len(found) :]) < 1e-6
+        assert error(found, wanted[-len(found) :]) < STEP_TOLERANCE
     before = load_latest(tmp_path / "run")
     assert before.step == 5
     moments = flat(straight.strategy.export_state())

@@ -17,9 +17,14 @@ from vatt_engine.models import from_pretrained
 from vatt_engine.schema import dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import load_config
 from vatt_engine.tasks.pretrain import main
+from vatt_engine.testing import Sum, sum_budget, transformer_terms
 
 STEADY = {f"model.{m}.transformer.dropout": 0.0 for m in ("video", "audio", "text")}  # other ranks draw other masks
 STEADY |= {f"model.{m}.position.dropout": 0.0 for m in ("video", "audio", "text")}
+# A loss is the mean over eight samples of cosines over 0.07: of sums over a patch, a layer and three heads.
+ROUNDING = sum_budget(
+    Sum(2 * (768 + transformer_terms(layers=1, dim=32, ff_dim=64, tokens=76) + 3 * 128), 1 / 0.07 / 8**0.5)
+)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vatt_engine.cli"]
 
 
@@ -65,7 +70,7 @@ def test_two_processes_are_one_run(straight, strategy, flags):
     run = straight / strategy
     assert {path.name for path in run.iterdir()} == {path.name for path in (straight / "one").iterdir()}
     assert len(totals(run)) == 4 + 3
-    assert totals(run) == pytest.approx(totals(straight / "one"), rel=2e-6)
+    assert totals(run) == pytest.approx(totals(straight / "one"), rel=0, abs=ROUNDING)
     weights = from_pretrained(run / "model").state_dict()
     assert weights.keys() == from_pretrained(straight / "one" / "model").state_dict().keys()
     assert all((weights[name] == value).all() for name, value in load_latest(run).tensors["model"].items())
@@ -79,4 +84,4 @@ def test_other_ranks_and_another_strategy_go_on(straight):
     done = launch(straight, "mixed", "--resume", "--engine.strategy", "zero2", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("resuming after step 2 from") == 1
-    assert totals(straight / "mixed") == pytest.approx(totals(straight / "one"), rel=2e-6)
+    assert totals(straight / "mixed") == pytest.approx(totals(straight / "one"), rel=0, abs=ROUNDING)

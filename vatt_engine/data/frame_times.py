@@ -104,8 +104,9 @@ def times_of(packet: Any, container: Any, stream: Any, zero: float) -> Presentat
     step = step_of(container, stream)
     if is_bare(container):
         return DecodingTimes(0.0, step, stream.codec_context, stored=False)
-    name = container.format.name
-    if name == "avi" or (packet.pts is None and name not in PARTLY_TIMED):
+    name, tag = container.format.name, stream.codec_context.codec_tag
+    from_avi = name == "avi" or ("matroska" in name and tag.strip("\0") != "")  # the codec has a name of AVI's
+    if from_avi or (packet.pts is None and name not in PARTLY_TIMED):
         return DecodingTimes(zero, step, stream.codec_context, stored=True)
     return PresentationTimes(zero, step)
 

@@ -152,11 +152,30 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
     It comes from the header of mp4 and mov, or from the EXIF data of a JPEG image.
     """
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
+    try:
+        side_data = frame.side_data
+    except ValueError:  # PyAV 18 refuses all of it where it does not know one kind: EXIF data, of FFmpeg 8
+        side_data = _with_known_side_data(frame).side_data
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return 1 << 16, 0, 0, 1 << 16
-    a, b, _, c, d = np.frombuffer(side_data, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     return a, b, c, d
+
+
+def _with_known_side_data(frame: Any) -> Any:
+    """The frame without side data of kinds that came after those that PyAV knows."""
+    from av.filter import Graph
+    from av.sidedata.sidedata import Type
+
+    newest = max(kind.value for kind in Type)
+    graph = Graph()
+    filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)]
+    for kind in range(newest + 1, newest + 9):
+        filters.append(graph.add("sidedata", f"mode=delete:type={kind}"))
+    graph.link_nodes(*filters, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 def upright(picture: Tensor, matrix: tuple[int, int, int, int]) -> Tensor:

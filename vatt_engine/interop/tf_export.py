@@ -82,9 +82,8 @@ def write_tf_checkpoint(
 def _matched(config: ModelConfig, optimizer: list[str]) -> tuple[list[Match], ObjectNames, ObjectGraph]:
     """Our tensors, each with the official variables that make it, and the official program's objects."""
     if isinstance(config, EncoderConfig) and config.modality == "text":
-        raise ValueError(
-            "write_tf_checkpoint: config must be of a whole model or of a video or audio tower, got a text one."
-        )
+        expected = "be of a whole model, or of a video or audio tower"
+        raise ValueError(f"write_tf_checkpoint: config must {expected}, got {config.name}.")
     graph = ObjectGraph(official_objects(config, optimizer))
     names = object_names(path + VALUE for path in graph.variables)
     with torch.device("meta"):

@@ -13,11 +13,11 @@ export GOMP_SPINCOUNT ?= 50000
 
 python_sources := vatt_engine kernels tests benchmarks setup.py
 
-.PHONY: help setup demo ablation test test-cpus soak lint bench gpu clean
+.PHONY: help setup demo ablation test test-cpus soak versions lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | ablation [SEEDS=3] | test [FAST=1] | test-cpus [CPUS="avx2 default"] [THREADS="1 2"] | soak | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
+	@echo "make demo | ablation [SEEDS=3] | test [FAST=1] | test-cpus [CPUS="avx2 default"] [THREADS="1 2"] | soak | versions [PYTHONS="python3.12 ..."] | lint | bench [BENCH_ARGS=...] | gpu [PART=test|ops|step|data] | clean"
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: Python must be 3.11 or later, got " + sys.version.split()[0] + ". Set PYTHON=python3.12 or the like.")'
@@ -80,6 +80,11 @@ define newline
 endef
 test-cpus: setup
 	$(foreach cpu,$(CPUS),$(foreach threads,$(THREADS),$(call numeric,$(cpu),$(threads))$(newline)	))
+
+# The oldest and the newest versions that pyproject.toml admits, each in a new environment that is removed afterwards.
+# PYTHONS="python3.12 ..." chooses interpreters; an hour and 12 GB of disk.
+versions: setup
+	$(PY) -m tests.versions $(if $(PYTHONS),--pythons $(PYTHONS)) $(VERSIONS_ARGS)
 
 # The full counts of kills, mutations, faults and steps; `make test` has the same tests with small counts.
 soak: setup

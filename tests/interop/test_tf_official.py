@@ -124,9 +124,7 @@ def test_every_kind_of_model_is_found_out(name):
 
 
 def test_a_width_of_heads_that_does_not_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"ckpt-4\.index: --head-dim must divide the 24 columns .* got 64\."
-    ):
+    with pytest.raises(ValueError, match=r"ckpt-4\.index: --head-dim must divide the 24 columns .* got 64\."):
         official_model(read_tf_checkpoint(FOLDERS / "tx"))
     with pytest.raises(ValueError, match="--head-dim must divide the 16 columns of the audio tower's queries, got 6"):
         official_model(read_tf_checkpoint(FOLDERS / "tx"), head_dim=(6,))
@@ -211,9 +209,7 @@ def test_names_that_have_lost_a_batch_norm_are_refused(strict):
     document = json.loads((FOLDERS / "tx" / "names.json").read_text())
     by_name = {name: found.checkpoint[key] for key, name in document["keras_name_of"].items()}
     assert len(by_name) == len(document["keras_name_of"]) - 4
-    with pytest.raises(
-        ValueError, match=r"must hold both BatchNorms of hid_to_va, not .*Give `read_tf_ch"
-    ) as e:
+    with pytest.raises(ValueError, match=r"must hold both BatchNorms of hid_to_va, not .*Give `read_tf_ch") as e:
         load_tf_vatt(VATT(found.config), by_name, strict=strict)
     assert "\n" not in str(e.value)
     assert load_tf_vatt(VATT(found.config).text, by_name, strict=False).missing == []  # no heads, no doubt

@@ -149,7 +149,11 @@ def rules(module: nn.Module) -> Iterator[Rule]:
 
 def _kernel(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Dense [in, out] and Conv [..., in, out] kernels as one [out, in] weight; several are stacked along out."""
-    return np.concatenate([array.reshape(-1, array.shape[-1]).T for array in arrays])
+    parts = [array.reshape(-1, array.shape[-1]).T for array in arrays]
+    if len(parts) == 1:
+        return parts[0]  # a view: whoever takes it copies it
+    # torch transposes as it copies, three times faster than NumPy; it warns of arrays that must not be written to.
+    return torch.cat([torch.from_numpy(np.require(part, requirements="W")) for part in parts]).numpy()
 
 
 def _dense(name: str, official: Sequence[str], layer: nn.Linear) -> Iterator[Rule]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,13 +86,17 @@ def write_official_run(found: OfficialModel, destination: Path, vocabulary: str 
 
 def as_universal(found: OfficialModel) -> Universal:
     """Weights, moments and step, all in memory."""
-    weights = {name: torch.from_numpy(array.copy()) for name, array in found.weights()}
+    weights = {name: _tensor(array) for name, array in found.weights()}
     moments: dict[str, Tensor] = {}
     for name, array in found.moments():
-        moments[name] = torch.from_numpy(array.copy())
+        moments[name] = _tensor(array)
         if found.optimizer == "adam":
             moments[f"{name.rpartition('/')[0]}/step"] = torch.tensor(float(found.step))
     return Universal(weights, moments, found.step)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.require(array, np.float32, "W")).contiguous()
 
 
 def official_words(config: ModelConfig, path: str | None) -> Vocabulary | None:

@@ -76,9 +76,7 @@ def test_a_config_stands_in_for_the_shapes(tmp_path):
     out = tmp_path / "out"
     assert main([str(FOLDERS / "tx"), str(out), "--config", str(FOLDERS / "tx" / "model.json")]) == 0
     assert max(worst_error(from_pretrained(out), "tx").values()) <= 2e-6
-    with pytest.raises(
-        ValueError, match=r"must fit vatt_tiny, got other variables for video\.stem\.patch\.weight"
-    ) as e:
+    with pytest.raises(ValueError, match="must fit vatt_tiny, got other variables for ") as e:
         main([str(FOLDERS / "tx"), str(tmp_path / "other"), "--config", "demo"])
     assert "\n" not in str(e.value)
 
@@ -108,7 +106,8 @@ def test_one_more_step_of_adam_is_keras(tmp_path):
     engine.step(batch)
     assert engine.finished == 5
     lr = learning_rate(4, engine.schedule, engine.peak)
-    beta_1, beta_2, t = found.number("beta_1", 0), found.number("beta_2", 0), found.step + 1
+    beta_1, beta_2, t = 0.9, 0.999, found.step + 1
+    assert found.number("beta_2", 0) == np.float32(beta_2)
     rate = lr * math.sqrt(1 - beta_2**t) / (1 - beta_1**t)
     for name, parameter in model.named_parameters():
         before = weights[name].astype(np.float64)
@@ -119,10 +118,10 @@ def test_one_more_step_of_adam_is_keras(tmp_path):
         m = beta_1 * moments[f"{name}/exp_avg"] + (1 - beta_1) * gradient
         v = beta_2 * moments[f"{name}/exp_avg_sq"] + (1 - beta_2) * gradient**2
         wanted = before - rate * m / (np.sqrt(v) + 1e-7)
-        step = np.abs(wanted - before)
-        assert step.max() > 0
-        # One rounding of the weight to float32, and a few of the step's own.
-        allowed = 2.0**-23 * (np.abs(wanted) + 8 * step)
+        # One rounding of the weight to float32, and a few of the step's own, whose terms may cancel.
+        terms = beta_1 * np.abs(moments[f"{name}/exp_avg"]) + (1 - beta_1) * np.abs(gradient)
+        allowed = 2.0**-23 * (np.abs(wanted) + 8 * rate * terms / (np.sqrt(v) + 1e-7))
+        assert (np.abs(wanted - before) > allowed).any()
         assert (np.abs(parameter.detach().numpy() - wanted) <= allowed).all(), name
 
 

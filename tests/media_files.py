@@ -109,7 +109,8 @@ def write_media(
         if waveform is not None:
             waveform = torch.as_tensor(waveform).clamp(-1, 1)
             waveform = waveform[:, None] if waveform.ndim == 1 else waveform
-            stream = audio_stream(container, audio_codec or codecs[1], sample_rate, {})
+            rate_control = {"b": "64000"} if path.suffix == ".wmv" else {}  # its default is too much for mono
+            stream = audio_stream(container, audio_codec or codecs[1], sample_rate, rate_control)
             stream.layout = LAYOUTS[waveform.shape[1]]
             tracks.append((stream, audio_frames(waveform, sample_rate, round((start + sound_start) * sample_rate))))
         for stream, source in tracks:
@@ -133,6 +134,13 @@ def numbers_of(video):
     """What the frames of `numbered` show."""
     bits = video.float().mean((1, 3)).unflatten(1, (8, -1)).mean(2) > 128
     return (bits * 2 ** torch.arange(8)).sum(1).tolist()
+
+
+def busy(count):
+    """Numbered frames below noise: many bytes, as real pictures have, so that each has a packet with its own time."""
+    frames = numbered(count, height=128)
+    frames[:, :64] = torch.rand(count, 64, 128, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    return frames
 
 
 def clock(fps, times, start, num_frames, suffix):

@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import pytest
 import torch
-from media_files import numbered, numbers_of, write_media
+from media_files import busy, numbered, numbers_of, write_media
 
 from vatt_engine.data.media import Media, MediaError
 
@@ -151,13 +151,6 @@ def test_intra_refresh_is_exact_behind_a_seek(tmp_path):
         window = media.read(start, num_frames=10, fps=FPS, num_samples=0, sample_rate=1).video
         first = round(start * FPS)
         assert torch.equal(window, whole[first : first + 10])
-
-
-def busy(count):
-    """Numbered frames below noise: many bytes, as real pictures have, so that each has a packet with its own time."""
-    frames = numbered(count, height=128)
-    frames[:, :64] = torch.rand(count, 64, 128, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte()
-    return frames
 
 
 @pytest.mark.parametrize("sound", ["mp2", "libmp3lame", "ac3"])

@@ -85,7 +85,7 @@ def test_decoding_in_a_process(clip, monkeypatch, plant):
     config = DataConfig(**vars(CONFIG) | {"num_workers": 1})
     with Loader([Sample(0, 0, clip)], config) as loader, pytest.raises(RuntimeError, match=plant) as caught:
         next(iter(loader))
-    assert "streams.py" in str(caught.value)
+    assert "pictures.py" in str(caught.value)
     assert str(clip) in str(caught.value)
     assert loader.quarantine.num_bad == 0
 
@@ -98,7 +98,7 @@ def test_transcoding(clip, tmp_path, monkeypatch, capfd, plant):
         prepare(manifest_of(clip), tmp_path / "out", PrepareConfig(workers=1))
     said = capfd.readouterr().err
     assert plant in said
-    assert "streams.py" in said
+    assert "pictures.py" in said
     assert not (tmp_path / "out/index.jsonl").exists()
 
 

@@ -341,7 +341,7 @@ class Media:
         info, limits = self.info, self._source.limits
         if not (info.has_video or info.has_audio):
             raise self._source.error("the file must have a video or an audio track, got neither.")
-        width, height = self._form(None).size(info.width, info.height)
+        width, height = round(info.width * self.aspect), info.height
         if info.has_video and not (info.width and info.height and width * height <= limits.max_pixels):
             size = f"{width} x {height}" if info.width else "a size that FFmpeg does not tell"
             raise self._source.error(f"a frame must have at most {limits.max_pixels} pixels, got {size}.")

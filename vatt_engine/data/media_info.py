@@ -14,6 +14,7 @@ from vatt_engine.data.frame_times import is_bare, rate_of, seconds_of, step_of
 
 ESTIMATED = {"mp3", "aac", "ac3", "eac3"}  # sound without a container: FFmpeg guesses a length
 WHOLE_FILE = {"asf"}  # containers that tell how long the file is, which FFmpeg says of every track
+FROM_ZERO = ("matroska,webm", "flv", "nut")  # their length counts from the clock's 0, not from the first frame
 STILL = 0.04  # seconds that a picture without any time lasts
 
 
@@ -42,7 +43,7 @@ def described(zero: float, container: Any, streams: dict[str, Any]) -> MediaInfo
     if container.format.name in WHOLE_FILE:  # not container.duration, which adds the latest begin
         known = [float(s.duration * s.time_base) - zero for s in streams.values() if s.duration is not None]
     elif len(known) < len(streams) and container.duration is not None and not is_bare(container):
-        begin = 0 if "matroska" in container.format.name else (container.start_time or 0)
+        begin = 0 if container.format.name in FROM_ZERO else (container.start_time or 0)
         known.append((begin + container.duration) / 1e6 - zero)
     video, audio = (streams[kind].codec_context if kind in streams else None for kind in ("video", "audio"))
     return MediaInfo(

@@ -176,7 +176,9 @@ def test_damage_behind_the_first_frame_is_still_an_error(tmp_path):
     content = bytearray((tmp_path / "a.mpg").read_bytes())
     generator = torch.Generator().manual_seed(0)
     middle, size = len(content) // 2, len(content) // 4
-    content[middle : middle + size] = torch.randint(0, 256, (size,), generator=generator).to(torch.uint8).numpy().tobytes()
+    content[middle : middle + size] = (
+        torch.randint(0, 256, (size,), generator=generator).to(torch.uint8).numpy().tobytes()
+    )
     (tmp_path / "a.mpg").write_bytes(content)
     with pytest.raises(MediaError):
         shown(tmp_path / "a.mpg", 1.0, 40)

@@ -29,7 +29,10 @@ MATRICES = {1: "1001", 2: "m001", 3: "m00m", 4: "100m", 5: "0110", 6: "01m0", 7:
 def quadrants_of(picture):
     """The colours of the four quarters, as `RG BW`."""
     height, width = picture.shape[:2]
-    rows = [[tuple((picture[y, x] > 128).int().tolist()) for x in (width // 4, 3 * width // 4)] for y in (height // 4, 3 * height // 4)]
+    rows = [
+        [tuple((picture[y, x] > 128).int().tolist()) for x in (width // 4, 3 * width // 4)]
+        for y in (height // 4, 3 * height // 4)
+    ]
     return " ".join("".join(NAMES[colour] for colour in row) for row in rows)
 
 
@@ -105,8 +108,10 @@ def constant(*values, dtype=np.uint8):
 def rgb_of(y, u, v, kr, kb, *, full=False, bits=8):
     """By the definition: ITU-R BT.601, BT.709 and BT.2020 in `kr` and `kb`."""
     top = 1 << (bits - 8)
-    y, u, v = ((value / top for value in (y, u, v)))
-    luma, blue, red = (y / 255, (u - 128) / 255, (v - 128) / 255) if full else ((y - 16) / 219, (u - 128) / 224, (v - 128) / 224)
+    y, u, v = (value / top for value in (y, u, v))
+    luma, blue, red = (
+        (y / 255, (u - 128) / 255, (v - 128) / 255) if full else ((y - 16) / 219, (u - 128) / 224, (v - 128) / 224)
+    )
     r, b = luma + 2 * (1 - kr) * red, luma + 2 * (1 - kb) * blue
     g = (luma - kr * r - kb * b) / (1 - kr - kb)
     return [min(max(255 * value, 0), 255) for value in (r, g, b)]
@@ -191,12 +196,18 @@ def test_white_and_grey_survive_a_shard(tmp_path, codec, suffix):
         options = {"mjpeg": {"qmin": "3", "qmax": "3"}, "libx264": {"crf": "20"}, "libvpx-vp9": {"crf": "28", "b": "0"}}
         encode.write_pictures(path, pictures, fps=10, codec=codec, options=options[codec])
         picture = first_picture(path)
-        assert (picture.int() - level).abs().max() <= (0 if codec == "mjpeg" else 1), f"{level}: {picture[0, 0].tolist()}"
+        assert (picture.int() - level).abs().max() <= (0 if codec == "mjpeg" else 1), (
+            f"{level}: {picture[0, 0].tolist()}"
+        )
 
 
 def test_pixels_may_be_made_square(tmp_path):
     """340 x 256 with pixels of 64:51, as HMDB51 and others have it, is a picture of 5:3."""
-    planes = [np.full((256, 340), 100, np.uint8), np.full((128, 170), 128, np.uint8), np.full((128, 170), 128, np.uint8)]
+    planes = [
+        np.full((256, 340), 100, np.uint8),
+        np.full((128, 170), 128, np.uint8),
+        np.full((128, 170), 128, np.uint8),
+    ]
     planes[0][:, 170:] = 200
     write_planes(tmp_path / "a.mp4", "yuv420p", planes, codec="libx264", aspect=Fraction(64, 51))
     form = {"num_frames": 1, "fps": 10.0, "num_samples": 0, "sample_rate": 1}

@@ -65,7 +65,10 @@ def test_times_that_jump_without_a_gap_make_no_hole(tmp_path, codec, times):
         plain, jumping = (read(tmp_path / f"{name}.webm", start, 1.8) for name in "aj")
         assert jumping.note == plain.note == ""
         assert zeros(jumping) < 1e-3
-        shift = max(range(-1500, 1500, 4), key=lambda s: float(plain.audio[2000:-2000] @ jumping.audio[2000 + s : len(plain.audio) - 2000 + s]))
+        shift = max(
+            range(-1500, 1500, 4),
+            key=lambda s: float(plain.audio[2000:-2000] @ jumping.audio[2000 + s : len(plain.audio) - 2000 + s]),
+        )
         assert abs(shift) < 0.012 * RATE
         moved = jumping.audio.roll(-shift)[2000:-2000]
         assert (moved - plain.audio[2000:-2000]).square().mean() < 0.02 * plain.audio.square().mean()

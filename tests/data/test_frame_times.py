@@ -1,4 +1,4 @@
-"""Which frame is shown when, in containers that say less than one would think: frame n at n / fps from any second on."""
+"""Which frame is shown when, in containers that say less than one would think: frame n at n / fps, always."""
 
 import struct
 from fractions import Fraction

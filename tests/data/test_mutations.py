@@ -49,15 +49,16 @@ CONFIG = DataConfig(
 COUNTING = """
 from vatt_engine.data import workers
 from vatt_engine.data.clips import ClipReader
+from vatt_engine.data.decoding import decoded
 from vatt_engine.data.media import Media
 
 def counted(self, sample, start, seconds):
     media = Media(sample.path)
     track = media.read_all(fps=10, sample_rate=8000)
     source, info = media._source, media.info
-    pictures = sum(1 for _ in source.decoded("video", 0.0)) if info.has_video else 0
-    sound = sum(f.samples / f.sample_rate for _, f in source.decoded("audio", 0.0)) if info.has_audio else 0.0
-    return (track.duration, pictures, sound), track.note
+    pictures = sum(1 for _ in decoded(source, "video", 0.0)) if info.has_video else 0
+    sound = sum(f.samples / f.sample_rate for _, f in decoded(source, "audio", 0.0)) if info.has_audio else 0.0
+    return (track.duration, pictures, sound), track.note, ""
 
 ClipReader.check = counted
 workers.serve()

@@ -1,4 +1,4 @@
-"""What is heard when: no hole where none is, none filled where one is, and a track that begins late is silent before."""
+"""What is heard when: no hole where none is, none filled where one is, silence before a track that begins late."""
 
 import io
 import math
@@ -162,7 +162,7 @@ def test_sound_that_is_cut_is_still_an_error(tmp_path):
 
 
 def test_channels_are_mixed_by_their_mean(tmp_path):
-    """Stereo: the mean. 5.1: centre and both sides as libswresample weighs them, the bass channel left out, at most 1."""
+    """5.1: as libswresample weighs centre and back channels, without the bass channel, and at most 1."""
     levels = {"FL": 0.3, "FR": -0.1, "FC": 0.5, "LFE": 0.9, "BL": 0.2, "BR": 0.4}
     wave = torch.tensor(list(levels.values())).expand(RATE, 6)
     memory = io.BytesIO()

@@ -2,8 +2,9 @@
 
 The clock: second 0 is the first presentation time of the video or audio track, whichever is earlier, after the decoder
 has dropped its priming samples. Both tracks are read by presentation times alone; an index only helps to seek.
-The picture at time t is the frame on screen: the last one with pts <= t + 1 ms (containers round to 1 ms); before the
-first frame it is the first, after the last frame the last. Sample j of a waveform is the sound at start + j / rate.
+The picture at time t is the frame on screen: the last one that begins at t + 1 ms or before (containers round to 1 ms);
+before the first frame it is the first, after the last frame the last. Sample j of a waveform is the sound at
+start + j / rate. docs/data.md has every rule in a table.
 A window longer than what is left of the file repeats it (as the official pipeline does), both tracks over the same
 whole number of frames, so that they stay in step.
 """

@@ -162,7 +162,7 @@ def _settings(manifest: Path, samples: Sequence[Sample], config: PrepareConfig) 
 
 
 def _check_same(where: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in settings.keys() | {"pixel_aspect"}:
+    for name in dict.fromkeys((*settings, "pixel_aspect")):  # which is there only where it is not the default
         value = settings.get(name)
         if found.get(name) != value:
             text = f"prepare: {name} must be that of {where}, {found.get(name)!r}, got {value!r}."

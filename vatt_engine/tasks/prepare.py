@@ -32,11 +32,18 @@ def main(argv: Sequence[str]) -> int:
     index = prepare(given.manifest, given.out, given, progress=Progress())
     rows = read_index(index)
     total = next(rows).values
-    rejected = [row.values for row in rows if row.values.get("kind") == "rejected"]
+    rejected, num_oblong = [], 0
+    for row in rows:
+        if row.values.get("kind") == "rejected":
+            rejected.append(row.values)
+        num_oblong += "aspect" in (row.values.get("video") or {})
     for row in rejected[:10]:
         print(f"rejected {row['path']}: {row['reason']}")
     if len(rejected) > 10:
         print(f"... and {len(rejected) - 10} more, in {index}")
+    if num_oblong:
+        hint = "--pixel-aspect square stretches them; so does data.pixel_aspect where the shards are read."
+        print(f"{num_oblong} samples have pixels that are not square, which are kept as stored. {hint}")
     counts = f"{total['samples']} samples in {total['shards']} shards, {total['rejected']} files rejected"
     print(f"{index}: {counts}, {total['seconds'] / 3600:.2f} h")
     whole = given.place[1] == 1

@@ -7,9 +7,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# OpenMP threads wait busily by default. With one other busy program on two cores that slows vatt_tiny's step from 210 to
-# 8 clips/s; this many spins before sleeping give 49, and cost nothing on an idle machine (209).
-export GOMP_SPINCOUNT ?= 50000
+# OpenMP's threads wait busily by default, which beside another busy program leaves a fraction of the speed. `vatt` sets
+# this by itself (vatt_engine/cpus.py says why so much); it is for tests and benchmarks, which load torch without it.
+export GOMP_SPINCOUNT ?= 1000
 
 python_sources := vatt_engine kernels tests benchmarks setup.py
 

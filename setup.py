@@ -17,6 +17,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def usable_cpus() -> int:
+    """CPUs this process is pinned to; `vatt_engine.cpus` knows of cgroups too, but is not installed yet."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -34,7 +39,7 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{name}={value}" for name, value in options.items() if value is not None]
         generator = ["-G", "Ninja"] if options["CMAKE_MAKE_PROGRAM"] else []
         subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *definitions], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", str(usable_cpus())], check=True)
 
 
 setup(

@@ -1,7 +1,6 @@
 """Batches from media files and from shards, by PyAV and by DALI, against random tensors of the same shapes."""
 
 import importlib.util
-import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from benchmarks.harness import Bench, Checked, cases, one_pass
 from benchmarks.shapes import SHAPES
 from vatt_engine import Batch
+from vatt_engine.cpus import usable_cpus
 from vatt_engine.data import DataConfig, Sample, build_loader, read_shards, write_manifest
 from vatt_engine.data.dali import dali_missing
 from vatt_engine.data.prepare import PrepareConfig, prepare
@@ -102,7 +102,7 @@ def loader(shape, folder, samples, loaders, kind="raw", by="pyav"):
     """Some epochs of training batches, by processes (DALI: threads) that an earlier call has started."""
     batches = loaders.get((kind, by))
     if batches is None:
-        config = replace(config_of(shape), loader=by, num_workers=os.cpu_count(), prefetch=1)
+        config = replace(config_of(shape), loader=by, num_workers=usable_cpus(), prefetch=1)
         batches = loaders[kind, by] = build_loader(samples[kind], config)
     return list(islice(batches, shape.epochs * len(batches)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import os
 import platform
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Stopwatch
+from vatt_engine.cpus import usable_cpus
 from vatt_engine.testing import randn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def cpu_name() -> str:
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cpus()
 
 
 @functools.cache

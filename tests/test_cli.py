@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import random
+import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 
-from vatt_engine import cli
-from vatt_engine.schema import dump_yaml, to_dict
-from vatt_engine.tasks.config import RECIPES, PretrainConfig, load_config
-from vatt_engine.tasks.flags import _flags
+from vatt_engine import cli, tasks
+from vatt_engine.schema import PATH, dump_yaml, to_dict
+from vatt_engine.tasks.config import OWN_KEYS, RECIPES, PretrainConfig, load_config
+from vatt_engine.tasks.finetune_config import FinetuneConfig
+from vatt_engine.tasks.flags import _flags, parse_flags
+from vatt_engine.tasks.retrieve import RetrieveConfig
 
 DEMO = dump_yaml(to_dict(load_config("demo"))).splitlines()
 LEAVES = dict(_flags(PretrainConfig))
@@ -257,5 +263,42 @@ def test_python_m():
 def test_output_that_nobody_reads_ends_quietly():
     command = f"{sys.executable} -m vatt_engine doctor | head -c 1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert result.stdout in ("m0\n", "m141\n")  # 0 where the pipe held all of it
-    assert result.stderr == ""
+    assert (result.stdout, result.stderr) == ("m0\n", "")
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    """Every path of every config, from a file and from flags; a shell leaves `--out=~/run` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("out: ~/run\ndata: {train: [~/a.jsonl, b.jsonl]}\ntext: {vectors: ~/v.bin}\n")
+    config = load_config("~/run.yaml")
+    assert (config.out, config.text.vectors) == (f"{tmp_path}/run", f"{tmp_path}/v.bin")
+    assert config.data.train == (f"{tmp_path}/a.jsonl", "b.jsonl")
+    config = parse_flags(config, ["--out=~/other", "--data.train", "~/{00..99}.tar"], prog="vatt pretrain")
+    assert (config.out, config.data.train) == (f"{tmp_path}/other", f"{tmp_path}/{{00..99}}.tar")
+    found = parse_flags(RetrieveConfig, ["~/run", "--data", "~/x.jsonl"], prog="vatt", positional=("run",))
+    assert (found.run, found.data) == (f"{tmp_path}/run", f"{tmp_path}/x.jsonl")
+
+
+NO_PATHS = {"device", "model", "name", "part", "split", "probes", "retrievals", "clip_prefix"}  # strings all the same
+
+
+def test_every_field_that_is_a_string_is_a_path_or_known_as_none():
+    found = {}
+    for path in Path(tasks.__path__[0]).glob("*.py"):
+        module = importlib.import_module(f"vatt_engine.tasks.{path.stem}")
+        kinds = (kind for name, kind in vars(module).items() if name.endswith(("Config", "Arguments")))
+        for kind in filter(dataclasses.is_dataclass, kinds):
+            hints = typing.get_type_hints(kind, include_extras=True)
+            found |= {f"{kind.__name__}.{field.name}": str(hints[field.name]) for field in dataclasses.fields(kind)}
+    strings = {name for name, hint in found.items() if re.search(r"\bstr\b", hint) and "Literal" not in hint}
+    assert {"RetrieveConfig.out", "DataConfig.train", "WordsConfig.vectors", "DemoDataConfig.directory"} <= strings
+    paths = {name for name in strings if PATH in found[name]}
+    assert {name for name in strings - paths if name.partition(".")[2] not in NO_PATHS} == set()
+
+
+def test_the_keys_that_tell_configs_apart_are_those_that_differ():
+    fields = {
+        kind.verb: {field.name for field in dataclasses.fields(kind)} for kind in (PretrainConfig, FinetuneConfig)
+    }
+    assert set(OWN_KEYS["pretrain"]) == fields["pretrain"] - fields["finetune"]
+    assert set(OWN_KEYS["finetune"]) == fields["finetune"] - fields["pretrain"]

@@ -1,6 +1,7 @@
 """VATT on PyTorch: self-supervised learning from raw video, audio and text.
 
-The names below are imported when they are first used: `vatt VERB --help` and `vatt data` then need not wait for torch.
+The names below are imported when they are first used: `vatt VERB --help` and `vatt data` then need not wait for torch,
+and `vatt` can choose how OpenMP's threads wait (see `vatt_engine.cpus`) before torch loads OpenMP.
 
 >>> import vatt_engine
 >>> model = vatt_engine.create_model("vatt_tiny")
@@ -47,6 +48,7 @@ _PLACES = {  # module -> the public names in it
 def __getattr__(name: str) -> Any:
     for place, names in _PLACES.items():
         if name == place or name in names:
+            importlib.import_module("vatt_engine.ops")  # `available_impls` is about them; torch.ops.vatt is there too
             module = importlib.import_module(f"vatt_engine.{place}")
             return module if name == place else getattr(module, name)
     raise AttributeError(f"module 'vatt_engine' has no attribute {name!r}")

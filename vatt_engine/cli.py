@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from vatt_engine.cpus import openmp_settings
+from vatt_engine.output import lasting_output, say
 from vatt_engine.refusals import describe
 from vatt_engine.schema import ConfigError, nearest
 
@@ -31,7 +33,8 @@ VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns 0 done, 1 training could not go on, 2 bad input, 128 + the signal's number interrupted
-    (Ctrl-C 130, SIGTERM 143, SIGUSR1 138; what training had done is saved), 141 nobody reads the output.
+    (Ctrl-C 130, SIGTERM 143, SIGUSR1 138; what training had done is saved). Output that nobody reads, that its encoding
+    does not have or its disk does not take ends nothing.
 
     >>> main(["--help"])
     usage: vatt VERB ...
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    lasting_output()
+    if "torch" not in sys.modules:  # OpenMP reads its settings once, when torch loads it
+        os.environ.update(openmp_settings(os.environ))
     if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first; LOCAL_RANK says the same
         del argv[0]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -51,16 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"vatt: the verb must be one of {', '.join(VERBS)}, got {argv[0]!r}. {nearest(verb, VERBS)}"
             )
         return importlib.import_module(VERBS[verb][0]).main(argv[1:])
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if sys.flags.dev_mode or (getattr(error, "name", None) or "").startswith("vatt_engine"):
             raise  # `python -X dev -m vatt_engine ...` shows where a message comes from
-        print(describe(error), file=sys.stderr)
+        say(describe(error))
         return 2
     except KeyboardInterrupt:
-        print(f"vatt {verb}: interrupted.", file=sys.stderr)
+        say(f"vatt {verb}: interrupted.")
         return 130
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+PATH = "a path of the user's"
+PathText = Annotated[str, PATH]  # a field that names a file or folder; `~` at its beginning is the home folder
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 10_000  # counted after aliases are expanded, so an alias bomb ends here
@@ -122,7 +126,7 @@ class _Source:
             return value
         if not isinstance(value, Mapping):
             raise self.error(path, f"be a mapping of the fields of {cls.__name__}", value)
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
         given: dict[str, Any] = {}
         for key, item in value.items():
@@ -162,6 +166,9 @@ class _Source:
             return self.convert_union(hint, value, path, base)
         if dataclasses.is_dataclass(hint):
             return self.build(hint, value, path, base if isinstance(base, hint) else None)
+        if origin is Annotated:
+            found = self.convert(args[0], value, path)
+            return os.path.expanduser(found) if PATH in args[1:] else found
         if origin is Literal:
             if not any(type(value) is type(choice) and value == choice for choice in args):
                 hint = nearest(value, [a for a in args if isinstance(a, str)]) if isinstance(value, str) else ""
@@ -204,6 +211,15 @@ class _Source:
         raise self.error(path, expectation(hint), value)
 
 
+def with_article(words: str) -> str:
+    """Words behind their indefinite article, by the first letter.
+
+    >>> with_article("audio tower")
+    'an audio tower'
+    """
+    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
+
+
 class _Words(str):
     """Text that goes into a message as it is, not as a quoted value."""
 
@@ -222,6 +238,8 @@ def expectation(hint: Any) -> str:
     """
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", Path: "a path"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return expectation(args[0])
     if hint in names:
         return f"be {names[hint]}"
     if hint is type(None):
@@ -363,7 +381,7 @@ class _Tree:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if key_node.id != "scalar" or key_node.tag != "tag:yaml.org,2002:str":
-                shown = short(key_node.value) if key_node.id == "scalar" else f"a {key_node.id}"
+                shown = short(key_node.value) if key_node.id == "scalar" else with_article(key_node.id)
                 raise self.error(key_node, f"{path or 'the document'} must have names as its keys, got {shown}.")
             key = key_node.value
             here = f"{path}.{key}".lstrip(".")

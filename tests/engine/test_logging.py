@@ -143,6 +143,32 @@ def test_a_rank_with_nothing_to_say_has_the_same_calls():
             log.evaluate(1, {})
 
 
+def test_logs_that_cannot_be_written_end_nothing(tmp_path, capsys):
+    class Broken:
+        name, faults = "Board", (OSError,)
+
+        def write(self, step, values):
+            raise OSError("quota exceeded")
+
+        close = write
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # a log in an encoding that has few characters
+    with RunLog(tmp_path, 100, stream=out) as log:
+        log.sinks = [Broken()]
+        (tmp_path / "file").write_text("")
+        kept, log.records.path = log.records.path, tmp_path / "file" / "metrics.jsonl"
+        log.write(10, {"total": 2.5}, clips=64)
+        log.say("saved caf\xe9 \U0001f600")
+        log.go_back(5)
+        log.records.path = kept
+        log.write(20, {"total": 2.0}, clips=64)
+    assert [record["step"] for record in records(tmp_path)] == [10, 20]
+    assert capsys.readouterr().err.count("file/metrics.jsonl must be written, got: ") == 1
+    shown = out.buffer.getvalue().decode("ascii")
+    assert shown.count("Board must take the records, got: quota exceeded") == 1
+    assert "saved caf? ?" in shown
+
+
 def test_environment_is_an_allow_list(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     found = environment("cpu")
@@ -151,6 +177,7 @@ def test_environment_is_an_allow_list(monkeypatch):
         "system",
         "machine",
         "cpus",
+        "usable_cpus",
         "threads",
         "device",
         "gpu",

@@ -21,8 +21,8 @@ def test_draws_loss_and_monitors(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["a", "b"], "vatt plot: the argument must be one run folder, got ['a', 'b']."),
-        (["--what"], "vatt plot: the argument must be one run folder, got ['--what']."),
+        (["a", "b"], "vatt plot: the arguments before the flags must be RUN, got ['a', 'b']."),
+        (["--what"], "vatt plot: --what must be a flag of this command, got an unknown one."),
         (["nowhere"], "nowhere/metrics.jsonl: metrics must be a readable file of a run"),
         (["."], "vatt plot: . must have logged a step, got an empty metrics.jsonl."),
     ],

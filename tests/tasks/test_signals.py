@@ -33,7 +33,7 @@ def before(target, name, monkeypatch, number, call=1):
 
 
 @pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("phase", ["read_training_manifest", "load_vocabulary", "build_model", "_open_run", "step"])
+@pytest.mark.parametrize("phase", ["check_run", "load_vocabulary", "build_model", "opened_run", "step"])
 def test_before_the_first_step_is_done_a_run_just_ends(config, monkeypatch, capsys, phase, number):  # noqa: F811
     before(Engine if phase == "step" else task, phase, monkeypatch, number)
     assert pretrain(config) == CODES[number]

@@ -121,7 +121,7 @@ def test_what_cannot_be_drawn_is_refused(runs, world, tmp_path):
         row["path"], row["label"] = str(world.heldout.parent / row["path"]), None
     manifest = tmp_path / "unlabelled.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ConfigError, match=r"the manifest must have a label for its clips, got none\."):
+    with pytest.raises(ConfigError, match=r"the manifest must have one label for a clip, got none\."):
         visualize(VisualizeConfig(runs=(runs[0],), data=str(manifest), figure="tsne-classes"))
     with pytest.raises(ValueError, match=r"VisualizeConfig: runs must name a run folder, got none\."):
         VisualizeConfig(runs=(), data="x", figure="activation")

@@ -27,13 +27,14 @@ NORM_COLOR = "#6f7680"
 GRID = {"color": "#d9d9d9", "linewidth": 0.6}
 
 
-def plot_losses(run_dir: str | Path) -> Path | None:
+def plot_losses(run_dir: str | Path, out: str | Path | None = None) -> Path | None:
     """Draw a run's loss terms, learning rate and gradient norm over its steps into `plots/loss.png`.
 
     Args:
         run_dir: run folder with metrics.jsonl, one JSON object with `step` per line; a last line cut short is ignored,
             a value of null leaves a gap, a term that is 0 throughout (no such modality) is left out.
             Records of one step are taken as one.
+        out: folder that receives `plots/`; None: the run's.
 
     Returns:
         The picture's path, or None where no step has been recorded yet.
@@ -79,13 +80,13 @@ def plot_losses(run_dir: str | Path) -> Path | None:
     for axes in (losses, rates, norms):
         axes.spines["top"].set_visible(False)
     losses.spines["right"].set_visible(False)
-    return save_figure(figure, run_dir / "plots" / "loss.png")
+    return save_figure(figure, Path(out or run_dir) / "plots" / "loss.png")
 
 
-def plot_monitors(run_dir: str | Path) -> Path | None:
+def plot_monitors(run_dir: str | Path, out: str | Path | None = None) -> Path | None:
     """Draw what shows trouble into `plots/monitors.png`: spread of the embeddings, throughput, memory, lost data.
 
-    A monitor that has no number is left out. Argument, result and errors as for `plot_losses`.
+    A monitor that has no number is left out. Arguments, result and errors as for `plot_losses`.
 
     >>> plot_monitors("runs/demo")  # doctest: +SKIP
     """
@@ -110,12 +111,12 @@ def plot_monitors(run_dir: str | Path) -> Path | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("step")
-    return save_figure(figure, run_dir / "plots" / "monitors.png")
+    return save_figure(figure, Path(out or run_dir) / "plots" / "monitors.png")
 
 
-def plot_run(run_dir: str | Path) -> list[Path]:
+def plot_run(run_dir: str | Path, out: str | Path | None = None) -> list[Path]:
     """All pictures that a run's metrics.jsonl gives, see `plot_losses` and `plot_monitors`."""
-    return [path for draw in (plot_losses, plot_monitors) if (path := draw(run_dir)) is not None]
+    return [path for draw in (plot_losses, plot_monitors) if (path := draw(run_dir, out)) is not None]
 
 
 def plot_similarity(
@@ -184,7 +185,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: metrics must be a readable file of a run, got {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: metrics must be a readable file of a run, got {reason}.") from None
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or cut short
         try:

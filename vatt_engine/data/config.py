@@ -8,6 +8,7 @@ from typing import Literal
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.order import whole_shares
 from vatt_engine.data.streams import MediaLimits
+from vatt_engine.schema import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class DataConfig:
     3.2
     """
 
-    train: str | tuple[str, ...] = ""
+    train: PathText | tuple[PathText, ...] = ""
     weights: tuple[float, ...] = ()
     batch_size: int = 64
     num_frames: int = 32

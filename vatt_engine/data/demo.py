@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from vatt_engine.cpus import usable_cpus
+from vatt_engine.lock import NAME, Lock
+
 from .demo_scene import COLOURS, MOTIONS, SCENES, SHAPES, Combination, Take, draw_frames, draw_waveform
 from .demo_words import write_captions
 from .encode import write_media
@@ -73,11 +76,11 @@ def make_world(
         untold: colours and scenes are chance that no sound or caption tells; all sounds have one pitch, over silence or
             a whistle. What is left to learn are shapes and motions, timbres and rhythms.
         seed: the same seed makes the same clips and captions.
-        num_threads: clips made at once; None: one per core.
+        num_threads: clips made at once; None: one per CPU that may be used.
         progress: called with (clips done, clips in all).
 
     Raises:
-        ValueError: a bad count, or a folder that holds something else.
+        ValueError: a bad count, a folder that holds something else, or in which another process is at work.
 
     >>> make_world("world", num_train=8, num_heldout=4).num_heldout
     4
@@ -90,21 +93,21 @@ def make_world(
     root = Path(directory)
     clips = plan_world(num_train, num_heldout, seed, untold)
     settings = {"num_train": num_train, "num_heldout": num_heldout, "seed": seed} | ({"untold": True} if untold else {})
-    _claim(root, settings, clips)
-
-    rows = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the clips themselves run in parallel
-    try:
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            for clip, row in zip(clips, pool.map(lambda clip: _make_clip(root, clip, seed), clips)):
-                rows[clip.path] = row
-                if progress:
-                    progress(len(rows), len(clips))
-    finally:
-        torch.set_num_threads(threads)
-
-    manifests = {split: _write_manifest(root, split, rows) for split in ("train", "heldout")}
+    _check_same(root, settings)
+    with Lock(root, "vatt demo-data"):
+        _claim(root, settings, clips)
+        rows = {}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the clips themselves run in parallel
+        try:
+            with ThreadPoolExecutor(num_threads or usable_cpus()) as pool:
+                for clip, row in zip(clips, pool.map(lambda clip: _make_clip(root, clip, seed), clips)):
+                    rows[clip.path] = row
+                    if progress:
+                        progress(len(rows), len(clips))
+        finally:
+            torch.set_num_threads(threads)
+        manifests = {split: _write_manifest(root, split, rows) for split in ("train", "heldout")}
     return WorldSummary(
         **manifests,
         num_train=num_train,
@@ -131,27 +134,32 @@ def plan_world(num_train: int, num_heldout: int, seed: int, untold: bool = False
     ]
 
 
-def _claim(root: Path, settings: dict, clips: list[_Clip]) -> None:
-    """Makes the folder this world's, or says why it cannot be."""
+def _check_same(root: Path, settings: dict) -> None:
+    """Refuse a folder that is another world's or something else's."""
     world = root / "world.json"
     if root.exists() and not root.is_dir():
         raise ValueError(f"make_world: directory must be a folder, got the file '{root}'.")
     if world.exists():
         try:
-            document = json.loads(world.read_text())
+            document = json.loads(world.read_text(encoding="utf-8"))
         except ValueError:
             document = None
         found = document.get("settings") if isinstance(document, dict) else "an unreadable world.json"
         if found != settings:
             raise ValueError(f"make_world: directory must hold {settings}, got {found} in '{root}'. Name another one.")
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(path.name != NAME for path in root.iterdir()):  # a lock alone: a start that was killed
         raise ValueError(
             f"make_world: directory must be new or empty, got '{root}' with other files. Name another one."
         )
+
+
+def _claim(root: Path, settings: dict, clips: list[_Clip]) -> None:
+    """Makes the folder this world's, unless it has become another's meanwhile."""
+    _check_same(root, settings)
     for folder in ("train", "heldout"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     factors = {clip.path: clip.combination._asdict() for clip in clips}
-    _write_text(world, json.dumps({"settings": settings, "clips": factors}, indent=0))
+    _write_text(root / "world.json", json.dumps({"settings": settings, "clips": factors}, indent=0))
 
 
 def _make_clip(root: Path, clip: _Clip, seed: int) -> dict:
@@ -197,5 +205,5 @@ def _write_manifest(root: Path, split: str, rows: dict[str, dict]) -> Path:
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

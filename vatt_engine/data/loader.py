@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vatt_engine.batch import Batch
+from vatt_engine.cpus import usable_cpus
 from vatt_engine.data.clips import ClipReader, Row
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Sample
@@ -132,6 +132,10 @@ class Loader:
             self._executor.shutdown()
             self._executor = self._workers = None
 
+    def report_to(self, path: str | Path) -> None:
+        """Name faults in this .jsonl file from now on; those that it names already are known."""
+        self.quarantine = Quarantine(path)
+
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, as numbers; batches made ahead but not taken do not count."""
         place = {"seed": self.order.seed, "epoch": self.epoch, "position": self.position}
@@ -153,7 +157,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._executor is None:
-            count = self.config.num_workers or self.config.num_threads or os.cpu_count()
+            count = self.config.num_workers or self.config.num_threads or usable_cpus()
             self._executor = ThreadPoolExecutor(count, "vatt-loader", torch.set_num_threads, (1,))  # of its own thread
             self._workers = Workers(self.config, train=self.train) if self.config.num_workers else None
         waiting: deque[tuple[list[Future[_Made]], Step]] = deque()

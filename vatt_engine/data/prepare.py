@@ -7,10 +7,8 @@ lines is packed again, and a file is transcoded again only if its record is miss
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from vatt_engine.cpus import usable_cpus
 from vatt_engine.data.encode import check_encoders
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.shards import (
@@ -33,6 +32,7 @@ from vatt_engine.data.shards import (
     write_synced,
 )
 from vatt_engine.data.transcode import CODECS, Transcoders
+from vatt_engine.lock import Lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class PrepareConfig:
         crf: quality, lower is better: 0 to 51 (h264), 63 (vp9), mjpeg's quantiser 1 to 31; None: 20, 28, 3.
         sample_rate: of the sound, mono, in Hz.
         shard_mib: size at which a shard is full.
-        workers: processes that transcode; 0: one per CPU.
+        workers: processes that transcode; 0: one per CPU that may be used.
         part: "i/n", i from 0: the i-th of n equal parts of the manifest, for job arrays.
         time_limit: seconds without a sign of life after which a file is given up.
     """
@@ -110,7 +110,7 @@ def prepare(
 
     Raises:
         ManifestError: as read_manifest.
-        ValueError: `out` holds other work, or another process is at the same.
+        ValueError: `out` holds other work, or another process is at the same (LockedError).
         ChildProcessError: a worker cannot start or cannot write.
 
     >>> prepare("clips/train.jsonl", "shards")  # doctest: +SKIP
@@ -130,13 +130,13 @@ def prepare(
     with _claimed(work, settings):
         packer = _Packer(manifest.parent, out, work, settings)
         todo = samples[packer.row :]
-        with Transcoders(config.workers or os.cpu_count() or 1, settings, work, config.time_limit) as transcoders:
+        with Transcoders(config.workers or usable_cpus(), settings, work, config.time_limit) as transcoders:
             for sample, record in zip(todo, transcoders.records(todo)):
                 packer.add(sample, record)
                 if progress:
                     progress(packer.row, packer.totals["rejected"], len(samples))
         packer.finish(index)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # another call may find the index and do the same
     return index
 
 
@@ -174,12 +174,7 @@ def _claimed(work: Path, settings: dict[str, Any]) -> Iterator[None]:
     """The work folder of these settings, for this process alone."""
     if not work.exists() and (work.parent / shard_name(settings["part"], 0)).exists():
         raise ValueError(f"prepare: OUT must not hold shards without an index, got {work.parent}. Choose another OUT.")
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"prepare: OUT must be of no other running process, got {work.parent}.") from None
+    with Lock(work, "vatt prepare", shown=work.parent):
         kept = work / "settings"
         if kept.exists():
             _check_same(work, json.loads(kept.read_text(encoding="utf-8")), settings)

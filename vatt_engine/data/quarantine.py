@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from vatt_engine.data.manifest import Sample
+from vatt_engine.output import LogFile
 
 MIN_SEEN = 100  # samples before the share of bad ones means anything
 
@@ -18,7 +19,8 @@ class Quarantine:
     """The faults of a run, each (file, reason) once, appended to a JSONL file as they are found.
 
     A line is `{"path", "line" (of the manifest), "reason", "epoch", "skipped"}`; `skipped` is false for a note about a
-    sample that was kept. Lines of an earlier part of the run are read back, so that resuming does not repeat them.
+    sample that was kept. Lines of an earlier part of the run are read back, so that resuming does not repeat them. A
+    line that cannot be written (the disk is full) is kept for the next time, and nothing ends for it.
 
     Args:
         path: the JSONL file; None keeps the entries in memory alone.
@@ -29,6 +31,7 @@ class Quarantine:
 
     def __init__(self, path: str | Path | None = None):
         self.path = None if path is None else Path(path)
+        self._file = None if path is None else LogFile(path)
         self.entries: list[dict] = []
         self.num_seen = self.num_bad = 0
         if self.path is not None and self.path.exists():
@@ -57,10 +60,8 @@ class Quarantine:
             return
         self._known.add(key)
         self.entries.append(entry)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self._file is not None:
+            self._file.add(json.dumps(entry, ensure_ascii=False))
 
     def count(self, *, seen: int, bad: int) -> None:
         """Count samples that were asked for, and those of them that were bad."""

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vatt_engine.cpus import openmp_settings
 from vatt_engine.data.encode import write_pictures, write_sound
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.media import Media
@@ -225,7 +226,8 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen:
         root = str(Path(__file__).resolve().parents[2])
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        env = os.environ | openmp_settings(os.environ)
+        env |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
         self.process = process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *self.arguments],
             bufsize=0,

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vatt_engine.cpus import openmp_settings
 from vatt_engine.data.clips import ClipReader, Decoded
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Member, Sample
@@ -181,7 +182,8 @@ class _Nursery:
         self.socket.settimeout(START_SECONDS)
         with theirs:
             command = [sys.executable, "-c", PROGRAM, str(theirs.fileno())]
-            env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            env = os.environ | openmp_settings(os.environ)
+            env |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             nothing = subprocess.DEVNULL
             shared = (theirs.fileno(),)
             self.process = subprocess.Popen(command, env=env, pass_fds=shared, stdin=nothing, stdout=nothing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine import checkpoint
 from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.faults import TrainingStopped
-from vatt_engine.engine.logging import versions, write_text
+from vatt_engine.engine.logging import versions
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.precision import preferred_precision
 from vatt_engine.engine.schedule import ScheduleConfig, learning_rate
@@ -22,6 +21,7 @@ from vatt_engine.engine.seeds import derive_seed, random_state, set_random_state
 from vatt_engine.engine.strategies import DDP, Single, Trained, trainable
 from vatt_engine.engine.strategies_zero import Zero
 from vatt_engine.engine.writer import CheckpointWriter
+from vatt_engine.output import say, write_text
 
 PARTS_FILE = "accumulate"  # in the run folder, where memory has run out: the parts that go on
 ZERO_FROM = 300_000_000  # trainable parameters from which "auto" is ZeRO-2: vatt_lbs and vatt_ma_large are above
@@ -88,7 +88,7 @@ class Engine:
         self.writer = CheckpointWriter(keep=config.keep_checkpoints)
         self.parts = config.accumulate
         if config.halve_on_oom and run_dir is not None and (path := Path(run_dir) / PARTS_FILE).is_file():
-            self.parts = max(self.parts, int(path.read_text()))
+            self.parts = max(self.parts, int(path.read_text(encoding="utf-8")))
         self.device = config.torch_device()
         self.module, self.loss = module, loss
         self.precision = preferred_precision(self.device) if config.precision == "auto" else config.precision
@@ -217,7 +217,7 @@ class Engine:
         write_text(self._folder() / PARTS_FILE, f"{self.parts}\n")
         if world_size() > 1:
             raise TrainingStopped(f"rank {rank()}: {text}, after a restart with --resume.") from error
-        print(text, file=sys.stderr)
+        say(text)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

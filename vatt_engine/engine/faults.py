@@ -6,10 +6,13 @@ import contextlib
 import math
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from statistics import median
 from types import FrameType
+
+from vatt_engine.output import say
 
 OUT_OF_MEMORY = (
     "the GPU's memory must hold the step, got out of memory. Three settings help, in this order: --engine.accumulate "
@@ -34,6 +37,9 @@ class StopSignals:
     Ctrl-C, of a person and not of torchrun, exits at once, which loses what is not saved. The exit code of a run that
     a signal ended is 128 + number: 130, 143 or 138.
 
+    Python gives signals to the main thread alone, so in another one (of a sweep's agent, Ray, some notebooks) nothing
+    is watched, which is said once per process.
+
     Raises:
         StopRequested: where a signal came and nothing has to be finished.
 
@@ -43,18 +49,28 @@ class StopSignals:
     """
 
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    said = False  # that this process cannot watch
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.begun = self._waiting = False
 
     def __enter__(self) -> StopSignals:
-        self.previous = {number: signal.signal(number, self.handle) for number in self.watched}
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.handle) for number in self.watched}
+        elif not StopSignals.said:
+            StopSignals.said = True
+            say(
+                "note: training runs outside the main thread, so signals are not handled: Ctrl-C and SIGTERM end it as "
+                "they would any program, and what came after the newest checkpoint is lost."
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: set by a library in C, which Python cannot set again
+                signal.signal(number, handler)
 
     def begin(self) -> None:
         """From here on there is something to finish and to save."""

@@ -1,8 +1,11 @@
-"""What a run leaves behind and says: config.yaml, env.json, metrics.jsonl, TensorBoard, a progress line."""
+"""What a run leaves behind and says: config.yaml, env.json, metrics.jsonl, TensorBoard, a progress line.
+
+A log that cannot be written is a matter of the log: it is said, and training goes on.
+"""
 
 from __future__ import annotations
 
-import io
+import importlib
 import json
 import math
 import os
@@ -18,6 +21,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from vatt_engine.cpus import usable_cpus
+from vatt_engine.output import LogFile, is_terminal, put, say, write_text
 
 MONITORS = re.compile(r"seconds|temperature|_(std|rank|mb)$")  # in metrics.jsonl, too many for the progress line
 PACKAGES = ("vatt_engine", "torch", "triton", "numpy", "av", "tokenizers", "safetensors", "tyro", "PyYAML")
@@ -55,6 +61,7 @@ class RunLog:
         stream: TextIO | None = None,
     ):
         self.run_dir, self.total_steps, self.stream = Path(run_dir), total_steps, stream or sys.stdout
+        require_log_packages(tensorboard=tensorboard, wandb=wandb)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.flops_per_clip, self.peak_flops = flops_per_clip, peak_flops
         self.sinks = [_TensorBoard(self.run_dir / "tb", resume_step)] if tensorboard else []
@@ -62,7 +69,7 @@ class RunLog:
         path = self.run_dir / "metrics.jsonl"
         if path.exists():
             _drop_after(path, resume_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.records, self.events = LogFile(path), LogFile(self.run_dir / "events.jsonl")
         self.start = self.last = time.perf_counter()
         self.first_step = resume_step
         self.width = 0
@@ -98,22 +105,27 @@ class RunLog:
 
     def _record(self, record: Mapping[str, Any]) -> None:
         plain = {key: _finite(value) for key, value in record.items()}
-        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self.file.flush()
-        for sink in self.sinks:
-            sink.write(record["step"], {key: value for key, value in record.items() if key != "step"})
+        self.records.add(json.dumps(plain, allow_nan=False))
+        values = {key: value for key, value in record.items() if key != "step"}
+        for sink in list(self.sinks):
+            try:
+                sink.write(record["step"], values)
+            except sink.faults as error:
+                self.sinks.remove(sink)
+                self.say(f"warning: {sink.name} must take the records, got: {error}. It gets no more of this start.")
 
     def event(self, step: int, what: str, **details: Any) -> None:
         """Record something that happened, a line of JSON in events.jsonl, and say so."""
-        with (self.run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "event": what, **details}) + "\n")
+        self.events.add(json.dumps({"step": step, "event": what, **details}))
         self.say(f"step {step}: {what}" + "".join(f", {key} {value}" for key, value in details.items()))
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`, from which the run goes on again."""
-        self.file.close()
-        _drop_after(self.run_dir / "metrics.jsonl", step)
-        self.file = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.records.flush()
+        try:
+            _drop_after(self.records.path, step)
+        except OSError as error:
+            self.say(f"warning: {self.records.path} must be written, got: {error.strerror}. It keeps later records.")
 
     def progress(self, step: int, values: Mapping[str, float], record: Mapping[str, float]) -> None:
         told = {key: value for key, value in values.items() if value and not MONITORS.search(key)}
@@ -121,38 +133,35 @@ class RunLog:
         minutes, seconds = divmod(round(record["eta_seconds"]), 60)
         speed = f"{record['clips_per_second']:.1f} clips/s"
         line = f"step {step}/{self.total_steps}  {shown}  {speed}  eta {minutes}:{seconds:02d}"
-        if self.stream.isatty():
-            self._put("\r" + line.ljust(self.width))
+        if is_terminal(self.stream):
+            put(self.stream, "\r" + line.ljust(self.width))
             self.width = len(line)
         else:
-            self._put(line + "\n")
+            put(self.stream, line + "\n")
 
     def say(self, text: str) -> None:
         """A full line, below the progress line where there is one."""
-        self._put(("\n" if self.width else "") + text + "\n")
+        put(self.stream, ("\n" if self.width else "") + text + "\n")
         self.width = 0
-
-    def _put(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # whoever watched has left (`| head`, a closed terminal): the run goes on
-            self.stream = io.StringIO()
 
     def close(self) -> None:
         if self.width:
-            self._put("\n")
-        self.file.close()
+            put(self.stream, "\n")
+        self.records.flush()
+        self.events.flush()
         for sink in self.sinks:
-            sink.close()
+            try:
+                sink.close()
+            except sink.faults as error:
+                say(f"warning: {sink.name} must take the records, got: {error}.")
 
 
 class _TensorBoard:
+    name, faults = "TensorBoard", (OSError,)
+
     def __init__(self, folder: Path, step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(_missing("tensorboard")) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -164,16 +173,17 @@ class _TensorBoard:
 
 
 class _WandB:
+    name = "Weights & Biases"
+
     def __init__(self, run_dir: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(_missing("wandb")) from error
+        import wandb
+
+        self.faults = (OSError, getattr(wandb, "Error", OSError))
         path = run_dir / "wandb_id"  # a resumed run goes on in the same curves
         if not path.exists():
             write_text(path, secrets.token_hex(4))
         self.run = wandb.init(
-            project="vatt_engine", name=run_dir.name, dir=run_dir, id=path.read_text(), resume="allow"
+            project="vatt_engine", name=run_dir.name, dir=run_dir, id=path.read_text(encoding="utf-8"), resume="allow"
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -183,8 +193,20 @@ class _WandB:
         self.run.finish()
 
 
-def _missing(package: str) -> str:
-    return f"engine.{package}: {package} must be installed, got no such package. Run `pip install {package}`."
+def require_log_packages(*, tensorboard: bool, wandb: bool) -> None:
+    """Refuse logs whose packages are not installed.
+
+    Raises:
+        ValueError: with the command that installs one.
+    """
+    modules = {"tensorboard": ("torch.utils.tensorboard", tensorboard), "wandb": ("wandb", wandb)}
+    for package, (module, asked) in modules.items():
+        try:
+            if asked:
+                importlib.import_module(module)
+        except ImportError as error:
+            hint = f"Run `pip install {package}`."
+            raise ValueError(f"engine.{package}: {package} must be installed, got no such package. {hint}") from error
 
 
 class NoLog:
@@ -209,6 +231,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -227,13 +250,6 @@ def versions(*packages: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step, so a reader never sees half of it."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _commit() -> str | None:

@@ -40,6 +40,28 @@ def joined_ranks(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this one
 
 
+# What schedulers call the number of processes that one command of theirs has started.
+NUMBERS_OF_TASKS = {"SLURM_NTASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def alone_among_tasks() -> str | None:
+    """What to tell a user whose scheduler runs several tasks while this process trains alone; None where all is well.
+
+    Each of the tasks then trains a run of its own, the whole of it. torchrun, one per node, makes ranks of them.
+    """
+    if "RANK" in os.environ or dist.is_initialized():
+        return None
+    for name, scheduler in NUMBERS_OF_TASKS.items():
+        number = os.environ.get(name, "")
+        if number.isdecimal() and int(number) > 1:
+            return (
+                f"{scheduler} counts {number} tasks ({name}), but this process trains alone, without RANK and "
+                "WORLD_SIZE. To train with all of them as one run start torchrun, one task per node: "
+                "`srun --ntasks-per-node=1 torchrun --nnodes N --nproc-per-node GPUS ... -m vatt_engine.cli`."
+            )
+    return None
+
+
 def largest_of_ranks(value: int, device: torch.device) -> int:
     """The largest `value` of all ranks: what they agree on before the next step.
 

@@ -188,7 +188,8 @@ def tower_config(config: ModelConfig, modality: Modality) -> EncoderConfig:
     """
     if isinstance(config, EncoderConfig):
         if config.modality != modality:
-            raise ValueError(f"tower_config: config must have a {modality} tower, got the {config.modality} encoder.")
+            wanted = schema.with_article(f"{modality} tower")
+            raise ValueError(f"tower_config: config must have {wanted}, got the {config.modality} encoder.")
         return replace(config, num_classes=0)
     part = getattr(config, modality)
     if config.backbone == "agnostic":

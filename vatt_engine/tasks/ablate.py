@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,15 +21,17 @@ from vatt_engine.analysis.flops import module_flops, paper_flops
 from vatt_engine.analysis.report import table
 from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.faults import TrainingStopped
-from vatt_engine.engine.logging import write_text
+from vatt_engine.lock import Lock
 from vatt_engine.losses import ClassLossConfig
 from vatt_engine.models import tower_config
-from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
+from vatt_engine.output import say, write_text
+from vatt_engine.schema import ConfigError, PathText, dump_yaml, replace, to_dict
 from vatt_engine.tasks.config import PretrainConfig, RunConfig, load_config
 from vatt_engine.tasks.finetune_config import FinetuneConfig
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.pretrain import config_hash
 from vatt_engine.tasks.probe import ProbeConfig, labelled, probe
+from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.retrieve import RetrieveConfig, retrieve
 from vatt_engine.tasks.towers import load_run_config
 
@@ -65,9 +68,9 @@ class AblateConfig:
         num_windows: of a test file.
     """
 
-    config: str
-    out: str = "runs/ablation"
-    data: str = ""
+    config: PathText
+    out: PathText = "runs/ablation"
+    data: PathText = ""
     batch_size: int | None = None
     drop_rates: tuple[float, ...] = (0.75, 0.5, 0.25, 0.0)
     resolutions: tuple[int, ...] = ()
@@ -138,13 +141,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = ablate(config)
     except TrainingStopped as error:
-        print(f"\n{error}", file=sys.stderr)
+        say(f"\n{error}")
         return 1
     print(table(shown(result["rows"])))
     for name, reason in result["rows"][0]["reasons"].items():
         print(f"{name} is empty: {reason}")
-    print(f"top-1 of the low-rank probe, R@10 of text -> video, in percent; also in {config.out}/ablation.csv")
-    return 0
+    where = "in no file" if result["unwritten"] else f"also in {config.out}/ablation.csv"
+    print(f"top-1 of the low-rank probe, R@10 of text -> video, in percent; {where}")
+    return 2 if result["unwritten"] else 0
 
 
 def ablate(config: AblateConfig) -> dict[str, Any]:
@@ -153,10 +157,10 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     Returns:
         {"rows": [{"values": the means over the seeds, "spread": their standard deviations where there are several
         seeds, "seeds": each one's values, "reasons": {column: why it is empty}}], "config", "env": where the first
-        cell was trained}.
+        cell was trained, "unwritten": [files that could not be]}.
 
     Raises:
-        ValueError: the config, or a folder of another ablation.
+        ValueError: the config, a folder of another ablation or that cannot be written, or another process at work.
         TrainingStopped: a cell's training stopped; the same command goes on.
 
     >>> ablate(AblateConfig(config="demo", data="world/train.jsonl", drop_rates=(0.5, 0.0)))  # doctest: +SKIP
@@ -164,6 +168,21 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     base = load_config(config.config)
     given = {"data.train": config.data or None, "data.batch_size": config.batch_size}
     base = replace(base, {key: value for key, value in given.items() if value is not None})
+    for path in base.data.sources:  # what cannot train is refused before anything is written
+        if not path:
+            raise ConfigError("vatt ablate: --data must be the path of a manifest, got an empty one.")
+        read_samples(path)
+    lock = Lock(config.out, "vatt ablate")
+    lock.check()
+    results = Results(config.out, "vatt ablate")
+    with lock:
+        result = _table(config, base)
+        _write(results, result)
+    return result | {"unwritten": results.faults}
+
+
+def _table(config: AblateConfig, base: PretrainConfig) -> dict[str, Any]:
+    """All rows, trained and evaluated where they are not there yet."""
     steps = config.steps or base.engine.steps
     grid = list(product(config.resolutions or (base.data.frame_size,), config.drop_rates))
     cells = [Cell(PRETRAINED, size, rate, "steps", steps, 0) for size, rate in grid]
@@ -183,19 +202,18 @@ def ablate(config: AblateConfig) -> dict[str, Any]:
     result = {"rows": rows + compared, "config": dataclasses.asdict(config)}
     env = Path(cells[0].run(config, base).out) / "env.json"
     result["env"] = json.loads(env.read_text(encoding="utf-8"))
-    _write(Path(config.out), result)
     return result
 
 
-def _write(out: Path, result: dict[str, Any]) -> None:
+def _write(results: Results, result: dict[str, Any]) -> None:
     text, rows = io.StringIO(), result["rows"]
     lines = [row["values"] | {f"{name} sd": value for name, value in row["spread"].items()} for row in rows]
     writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
     writer.writerows(lines)
-    write_text(out / "ablation.csv", text.getvalue())
-    write_text(out / "ablation.json", json.dumps(result, indent=1) + "\n")
-    plot_costs(rows, out / "ablation.png")
+    results.save_text("ablation.csv", text.getvalue())
+    results.save_text("ablation.json", json.dumps(result, indent=1) + "\n")
+    results.save("ablation.png", lambda path: plot_costs(rows, path))
 
 
 def _rows(config: AblateConfig, base: PretrainConfig, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -241,8 +259,7 @@ def _cell(config: AblateConfig, base: PretrainConfig, cell: Cell) -> dict[str, A
         except (ValueError, OSError) as error:
             reasons[column.title] = str(error)
     row = {"key": key, "values": values, "reasons": reasons}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(kept, json.dumps(row, indent=1) + "\n")
+    Results(folder, "vatt ablate").save_text(kept.name, json.dumps(row, indent=1) + "\n")
     return row
 
 
@@ -295,7 +312,7 @@ def _columns(config: AblateConfig) -> list[Column]:
             name, _, files = word.partition("=")
             title, _, modality = name.partition("/")
             modality = modality or PROBES.get(title, "video") if is_probe else ""
-            columns[title] = Column(title, modality, tuple(files.split(",")))
+            columns[title] = Column(title, modality, tuple(map(os.path.expanduser, files.split(","))))
     return list(columns.values())
 
 

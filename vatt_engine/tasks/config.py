@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.config import DataConfig
@@ -15,7 +16,7 @@ from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig
 from vatt_engine.models import VATTConfig, model_config
-from vatt_engine.schema import ConfigError, from_dict, load_yaml, nearest
+from vatt_engine.schema import ConfigError, PathText, from_dict, load_yaml, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,15 @@ class WordsConfig:
             is then frozen unless `model.text.freeze_embedding` says otherwise. None trains the table from scratch.
     """
 
-    vocabulary: str | None = None
-    vectors: str | None = None
+    vocabulary: PathText | None = None
+    vectors: PathText | None = None
 
 
 class RunConfig(Protocol):
     """What the configs of all runs have, whatever they train."""
 
     verb: ClassVar[str]  # the command that makes such runs
-    out: str
+    out: PathText
     data: DataConfig
     optim: OptimConfig
     schedule: ScheduleConfig
@@ -59,8 +60,8 @@ class PretrainConfig:
     """
 
     verb: ClassVar[str] = "pretrain"
-    out: str = "runs/pretrain"
-    heldout: str = ""
+    out: PathText = "runs/pretrain"
+    heldout: PathText = ""
     evaluate_every: int = 1_000
     model: VATTConfig = field(default_factory=VATTConfig)
     text: WordsConfig = field(default_factory=WordsConfig)
@@ -132,6 +133,11 @@ def demo() -> PretrainConfig:
     )
 
 
+# Keys of a config file that one command alone knows; by them a file tells what it is for.
+OWN_KEYS = {
+    "pretrain": ("heldout", "evaluate_every", "text"),
+    "finetune": ("init", "mixup", "test", "test_windows", "test_crops"),
+}
 OFFICIAL = ("vatt_bbs", "vatt_mbs", "vatt_lbs", "vatt_ma_base", "vatt_ma_medium", "vatt_ma_large")
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
@@ -154,6 +160,33 @@ def recipe(name: str, recipes: dict[str, Callable[[], C]] = RECIPES, *, where: s
     return recipes[key]()
 
 
+def config_of_run(folder: str | Path) -> Path:
+    """The config.yaml of a run folder.
+
+    Raises:
+        ConfigError: there is none; it says what the folder is instead.
+    """
+    folder = Path(folder)
+    path = folder / "config.yaml"
+    if folder.is_dir() and not path.is_file():
+        kinds = {
+            "ablation.json": "the folder of an ablation, whose runs are the folders in it",
+            "config.json": "a model's folder, which has none",
+        }
+        found = next((kind for name, kind in kinds.items() if (folder / name).is_file()), "a folder without it")
+        raise ConfigError(f"{path}: the config file must exist in a run folder, got {found}.")
+    return path
+
+
+def verb_of(values: Mapping[str, Any]) -> str | None:
+    """The command whose configs have these keys, or None where they may be of several.
+
+    >>> verb_of({"init": "runs/demo/run", "out": "tuned"})
+    'finetune'
+    """
+    return next((verb for verb, keys in OWN_KEYS.items() if any(key in values for key in keys)), None)
+
+
 def load_config(source: str, kind: type[C] = PretrainConfig, recipes: dict[str, Callable[[], C]] = RECIPES) -> C:
     """The config of a recipe's name, or of a YAML file: its optional `recipe:` as a base, its other keys on top.
 
@@ -163,10 +196,17 @@ def load_config(source: str, kind: type[C] = PretrainConfig, recipes: dict[str, 
     >>> load_config("demo").engine.steps
     600
     """
+    source = os.path.expanduser(source)
     is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
     if not is_file:
         return recipe(source, recipes, where=f"vatt {kind.verb}")
     document = load_yaml(source)
+    if (verb := verb_of(document.values)) not in (None, kind.verb):
+        key = next(key for key in OWN_KEYS[verb] if key in document.values)
+        raise ConfigError(
+            f"{document.where}:{document.lines[key]}: {key} must be of a config for `vatt {kind.verb}`, got one of "
+            f"`vatt {verb}`. Use that command."
+        )
     values, base = dict(document.values), kind()
     if "recipe" in values:
         name = values.pop("recipe")

@@ -21,7 +21,7 @@ from vatt_engine.interop.tf_export import write_tf_checkpoint
 from vatt_engine.interop.tf_files import is_tf_checkpoint
 from vatt_engine.models import build_model, from_pretrained, read_config, save_pretrained
 from vatt_engine.models.registry import ModelConfig
-from vatt_engine.schema import ConfigError
+from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.convert_official import (
     as_universal,
     described_model,
@@ -30,6 +30,7 @@ from vatt_engine.tasks.convert_official import (
     write_official_run,
 )
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import check_writable
 from vatt_engine.tasks.towers import load_run_config
 
 
@@ -53,12 +54,12 @@ class ConvertConfig:
         vocabulary: howto100m_en.txt of an official model, a word per line; becomes its tokenizer.json.
     """
 
-    source: str
-    destination: str
+    source: PathText
+    destination: PathText
     to: Literal["model", "universal", "run", "tensorflow"] = "model"
-    config: str | None = None
+    config: PathText | None = None
     head_dim: tuple[int, ...] = ()
-    vocabulary: str | None = None
+    vocabulary: PathText | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     destination = Path(config.destination)
     if destination.exists() and any(destination.iterdir() if destination.is_dir() else [destination]):
         raise ConfigError(f"vatt convert: DESTINATION must be a new folder, got {destination}, which is there.")
+    check_writable(destination, "vatt convert", "Name another DESTINATION.")
     if is_tf_checkpoint(Path(config.source)):
         return _from_official(config, destination)
     for name in ("head_dim", "vocabulary"):

@@ -12,14 +12,16 @@ from hashlib import sha256
 from pathlib import Path
 
 from vatt_engine.analysis.report import table
+from vatt_engine.cpus import usable_cpus
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Sample, write_manifest
 from vatt_engine.data.media import MediaError
 from vatt_engine.data.shards import INDEX, json_line, key_of, read_index, read_samples, write_synced
 from vatt_engine.data.workers import Workers
-from vatt_engine.schema import ConfigError
+from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.progress import Progress
+from vatt_engine.tasks.results import check_writable
 
 PART_SECONDS = 10.0  # decoded at a time: long files need no more memory than short ones
 AT_ONCE = 1_000  # samples
@@ -34,12 +36,12 @@ class CheckConfig:
     Args:
         data: a manifest (.jsonl, .csv) or prepared shards (a folder, its index, or tars by pattern).
         out: receives the usable samples as a manifest; of shards as an index, which must lie beside theirs.
-        num_workers: processes that decode; 0: as many as CPUs.
+        num_workers: processes that decode; 0: as many as CPUs may be used.
         max_decode_seconds: limit of time for ten seconds of a sample.
     """
 
-    data: str
-    out: str | None = None
+    data: PathText
+    out: PathText | None = None
     num_workers: int = 0
     max_decode_seconds: float = 60.0
 
@@ -50,10 +52,12 @@ class CheckConfig:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_flags(CheckConfig, argv, prog="vatt data check", positional=("data",))
-    workers = config.num_workers or os.cpu_count() or 1
+    workers = config.num_workers or usable_cpus()
     form = DataConfig(num_workers=workers, max_decode_seconds=config.max_decode_seconds)
     samples = read_samples(config.data)
     index = _index_of(config, samples)
+    if config.out is not None:
+        check_writable(Path(config.out).parent, "vatt data check")
     usable, reasons, num_noted, progress, of_set = [], Counter(), 0, Progress(), Counter()
     for sample, fault, note, set_note in check(samples, form):
         if fault:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vatt_engine.data.datasets import DATASETS, Imported, import_dataset
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.progress import Reading
+from vatt_engine.tasks.results import check_writable
 
 Name = Literal[tuple(DATASETS)]
 
@@ -31,11 +33,11 @@ class DataImportConfig:
     """
 
     name: Name
-    media: str
-    out: str
-    annotations: tuple[str, ...] = ()
+    media: PathText
+    out: PathText
+    annotations: tuple[PathText, ...] = ()
     split: tuple[str, ...] = ()
-    classes: str | None = None
+    classes: PathText | None = None
     whole_videos: bool = False
 
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(usage())
     config = parse_flags(DataImportConfig, argv, prog="vatt data import", positional=("name",))
+    check_writable(config.out, "vatt data import")
     with Reading() as reading:
         splits = import_dataset(
             config.name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vatt_engine.data.shards import merge_shards, read_index
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
 
 
@@ -18,8 +19,8 @@ class MergeConfig:
         folders: those below it that hold an index each; none: the indexes are in `out` itself.
     """
 
-    out: str
-    folders: tuple[str, ...] = ()
+    out: PathText
+    folders: tuple[PathText, ...] = ()
 
 
 def main(argv: Sequence[str]) -> int:

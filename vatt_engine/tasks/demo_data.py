@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vatt_engine.data.demo import make_world
+from vatt_engine.output import is_terminal
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +23,10 @@ class DemoDataConfig:
         num_heldout: held-out clips, each a combination that no training clip has.
         untold: colours and scenes are chance, which neither sounds nor captions tell.
         seed: the same seed makes the same world.
-        num_threads: clips made at once; None for one per core.
+        num_threads: clips made at once; None for one per CPU that may be used.
     """
 
-    directory: str
+    directory: PathText
     num_train: int = 2048
     num_heldout: int = 256
     untold: bool = False
@@ -35,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(DemoDataConfig, argv, prog="vatt demo-data", positional=("directory",))
 
     def progress(done: int, total: int) -> None:
-        if sys.stdout.isatty():
+        if is_terminal(sys.stdout):
             print(f"\r{done}/{total} clips", end="\n" if done == total else "", flush=True)
 
+    check_writable(config.directory, "vatt demo-data", "Name another DIRECTORY.")
     world = make_world(
         config.directory,
         num_train=config.num_train,

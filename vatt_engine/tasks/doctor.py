@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from vatt_engine import dispatch
+from vatt_engine.cpus import CHOICES_OF_WAITING, usable_cpus
 from vatt_engine.data.dali import dali_missing
 from vatt_engine.data.encode import has_codec
 from vatt_engine.engine.logging import versions
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
 
 REQUIRED = ("torch", "numpy", "av", "tokenizers", "safetensors", "tyro", "PyYAML", "matplotlib")
@@ -38,7 +40,7 @@ class DoctorConfig:
         folder: where free disk space is looked up, for example the parent of your run folders.
     """
 
-    folder: str = "."
+    folder: PathText = "."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,7 +72,10 @@ def report(folder: str = ".") -> dict[str, list[tuple[str, str]]]:
 
 def _machine(folder: str) -> Lines:
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    yield "cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()}"
+    there, usable = os.cpu_count(), usable_cpus()
+    limited = "" if usable == there else f", this process may use {usable}"
+    yield "cores", f"{there}{limited}, torch uses {torch.get_num_threads()}"
+    yield "OpenMP waits", next((f"{n}={os.environ[n]}" for n in CHOICES_OF_WAITING if n in os.environ), "busily")
     free = shutil.disk_usage(folder).free / 2**30
     yield "free disk", f"{free:.1f} GiB at {os.path.abspath(folder)}"
 

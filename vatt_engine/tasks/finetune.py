@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from vatt_engine.analysis.metrics import multi_label_metrics, top_k_accuracy
-from vatt_engine.analysis.report import plot_run, table
+from vatt_engine.analysis.report import table
 from vatt_engine.batch import Batch
 from vatt_engine.collectives import all_reduce_sum, rank, world_size
 from vatt_engine.data.config import DataConfig
@@ -25,14 +25,16 @@ from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.engine import Engine
 from vatt_engine.engine.faults import StopRequested, StopSignals
-from vatt_engine.engine.logging import write_text
 from vatt_engine.engine.seeds import derive_seed
 from vatt_engine.losses import ClassLoss
 from vatt_engine.models import build_model, load_tower, save_pretrained
 from vatt_engine.models.heads import Classifier
+from vatt_engine.output import put, say
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
-from vatt_engine.tasks.pretrain import command, open_run, read_training_manifest, supervised, train
+from vatt_engine.tasks.pretrain import command, draw_run, read_training_manifest, resume_run, supervised, train
+from vatt_engine.tasks.results import Results
+from vatt_engine.tasks.run_folder import check_run, opened_run, write_start
 from vatt_engine.tasks.towers import load_run_config, read_tower
 
 MIXUP = 1  # of the random numbers of a step, those of mixup
@@ -58,16 +60,17 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
     return supervised(config, lambda stop: _finetune(config, resume, stop))
 
 
-def _finetune(config: FinetuneConfig, resume: bool, stop: StopSignals) -> int:
+def _finetune(config: FinetuneConfig, asked: bool, stop: StopSignals) -> int:
     run_dir, seed, device = Path(config.out), config.engine.seed, config.engine.torch_device()
     config.check()
+    resume = check_run(config, asked)
 
-    # ------------------------------------------------ data, model, loss
+    # ------------------------------------------------ data, model, loss: all that may refuse to train
     samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
     tests = read_samples(config.test) if config.test else []
     for sample in (*samples, *tests):
         _check_label(sample, config)
-    resume, tower = open_run(config, resume), None
+    tower = None
     if resume:
         config = dataclasses.replace(config, model=load_run_config(run_dir).model)
     elif config.init:
@@ -77,40 +80,50 @@ def _finetune(config: FinetuneConfig, resume: bool, stop: StopSignals) -> int:
     model = build_model(config.model)
     if tower is not None:
         load_tower(model.encoder, tower.config, tower.weights)
-    faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
     ranks = {"rank": rank(), "world": world_size()}
-    loader = build_loader(samples, config.data, device=device, sizes=sizes, seed=seed, quarantine=faults, **ranks)
+    loader = build_loader(samples, config.data, device=device, sizes=sizes, seed=seed, **ranks)
     engine = Engine(model, ClassLoss(config.loss), config.engine, config.optim, config.schedule, run_dir=run_dir)
 
-    # ------------------------------------------------ training
+    # ------------------------------------------------ training, in a folder of its own
     notes = [f"{config.model.name} {config.modality} on {device}: {len(samples)} clips, run folder {run_dir}"]
     notes.append(f"{config.model.num_classes} classes, the encoder from {config.init or 'scratch'}")
     prepare = functools.partial(_mixed, alpha=config.mixup, seed=seed) if config.mixup else None
-    stopped = train(config, engine, loader, stop, resume=resume, notes=notes, prepare=prepare)
-    weights = engine.strategy.export_state()["model"]  # of all ranks
-    if rank() == 0:
-        plot_run(run_dir)
-    if stopped:
-        return 128 + stop.received
-
-    # ------------------------------------------------ evaluation
-    classifier = build_model(config.model)
-    classifier.load_state_dict(weights)
-    if rank() == 0:
-        save_pretrained(classifier, run_dir / "model")
-    if tests:
-        try:
-            with stop.interruptible():
-                result = evaluate(classifier.to(device), tests, _test_data(config), bf16=engine.precision == "bf16")
-        except StopRequested:
-            if rank() == 0:
-                print(f"not evaluated; repeat with: vatt finetune --resume {run_dir}", file=sys.stderr)
-            return 128 + stop.received
+    with opened_run(config, asked):
+        if resume:
+            resume_run(engine, loader, config)
+        write_start(config)
+        stopped = train(config, engine, loader, stop, notes=notes, prepare=prepare)
+        weights = engine.strategy.export_state()["model"]  # of all ranks
         if rank() == 0:
-            result = {"step": engine.finished, "data": config.test, **result}
-            write_text(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-            print(table([result["metrics"]]))
-    return 0
+            draw_run(run_dir)
+        if stopped:
+            return 128 + stop.received
+        classifier = build_model(config.model)
+        classifier.load_state_dict(weights)
+        if rank() == 0:
+            save_pretrained(classifier, run_dir / "model")
+        return _evaluated(config, engine, classifier, tests, stop) if tests else 0
+
+
+def _evaluated(
+    config: FinetuneConfig, engine: Engine, classifier: Classifier, tests: Sequence[Sample], stop: StopSignals
+) -> int:
+    """Evaluate what was trained, on all ranks; the first one prints and keeps the result. The exit code."""
+    try:
+        with stop.interruptible():
+            classifier = classifier.to(engine.device)
+            result = evaluate(classifier, tests, _test_data(config), bf16=engine.precision == "bf16")
+    except StopRequested:
+        if rank() == 0:
+            say(f"not evaluated; repeat with: vatt finetune --resume {config.out}")
+        return 128 + stop.received
+    if rank() > 0:
+        return 0
+    result = {"step": engine.finished, "data": config.test, **result}
+    put(sys.stdout, table([result["metrics"]]) + "\n")
+    results = Results(config.out, "vatt finetune")
+    results.save_text("evaluation.json", json.dumps(result, indent=1) + "\n")
+    return results.code
 
 
 def _test_data(config: FinetuneConfig) -> DataConfig:
@@ -123,7 +136,8 @@ def _check_label(sample: Sample, config: FinetuneConfig) -> None:
     classes = config.model.num_classes
     if not config.data.num_classes and not (type(sample.label) is int and 0 <= sample.label < classes):
         expectation = f"be a class number in 0..{classes - 1} (model.num_classes {classes})"
-        raise ConfigError(f"{sample.path}: label must {expectation}, got {sample.label!r}.")
+        hint = " Samples of several classes need data.num_classes." if isinstance(sample.label, tuple) else ""
+        raise ConfigError(f"{sample.path}: label must {expectation}, got {sample.label!r}.{hint}")
 
 
 def _mixed(batch: Batch, finished: int, *, alpha: float, seed: int) -> Batch:

@@ -15,6 +15,7 @@ from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import ClassLossConfig
 from vatt_engine.models import EncoderConfig, model_config
+from vatt_engine.schema import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,12 @@ class FinetuneConfig:
     """
 
     verb: ClassVar[str] = "finetune"
-    out: str = "runs/finetune"
-    init: str = ""
+    out: PathText = "runs/finetune"
+    init: PathText = ""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     loss: ClassLossConfig = field(default_factory=ClassLossConfig)
     mixup: float = 0.0
-    test: str = ""
+    test: PathText = ""
     test_windows: int = 4
     test_crops: int = 3
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vatt_engine.analysis.report import plot_run
-from vatt_engine.schema import ConfigError
+from vatt_engine.schema import ConfigError, PathText
+from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import check_writable
 
-USAGE = """usage: vatt plot RUN
 
-Draws RUN/plots/loss.png and RUN/plots/monitors.png from RUN/metrics.jsonl."""
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draws OUT/plots/loss.png and OUT/plots/monitors.png from RUN/metrics.jsonl.
+
+    Args:
+        run: run folder of `vatt pretrain` or `vatt finetune`.
+        out: folder for the pictures; by default the run's.
+    """
+
+    run: PathText
+    out: PathText | None = None
 
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    if len(argv) > 1 or argv[0].startswith("-"):
-        raise ConfigError(f"vatt plot: the argument must be one run folder, got {list(argv)}.")
-    paths = plot_run(argv[0])
+    config = parse_flags(PlotConfig, argv, prog="vatt plot", positional=("run",))
+    check_writable(config.out or config.run, "vatt plot")
+    paths = plot_run(config.run, config.out)
     if not paths:
-        raise ConfigError(f"vatt plot: {argv[0]} must have logged a step, got an empty metrics.jsonl.")
+        raise ConfigError(f"vatt plot: {config.run} must have logged a step, got an empty metrics.jsonl.")
     print(*paths, sep="\n")
     return 0

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from vatt_engine.data.prepare import PrepareConfig, prepare
 from vatt_engine.data.shards import read_index
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.progress import Progress
+from vatt_engine.tasks.results import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,13 @@ class PrepareArguments(PrepareConfig):
         out: receives the tars and index.jsonl.
     """
 
-    manifest: str
-    out: str
+    manifest: PathText
+    out: PathText
 
 
 def main(argv: Sequence[str]) -> int:
     given = parse_flags(PrepareArguments, argv, prog="vatt prepare", positional=("manifest", "out"))
+    check_writable(given.out, "vatt prepare", "Name another OUT.")
     index = prepare(given.manifest, given.out, given, progress=Progress())
     rows = read_index(index)
     total = next(rows).values

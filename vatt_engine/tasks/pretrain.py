@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +24,18 @@ from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
-from vatt_engine.engine.logging import NoLog, RunLog, environment, write_text
+from vatt_engine.engine.logging import NoLog, RunLog
 from vatt_engine.engine.monitors import peak_flops, spread
 from vatt_engine.engine.peers import Peers
-from vatt_engine.engine.ranks import joined_ranks, largest_of_ranks
+from vatt_engine.engine.ranks import alone_among_tasks, joined_ranks, largest_of_ranks
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import build_model, save_pretrained
-from vatt_engine.schema import ConfigError, dump_yaml, replace, to_dict
-from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, load_config
+from vatt_engine.output import say
+from vatt_engine.schema import ConfigError, replace, to_dict
+from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, config_of_run, load_config
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.records import HeldOut, Window, awaited
+from vatt_engine.tasks.run_folder import check_places, check_run, opened_run, write_start
 from vatt_engine.tasks.words import check_words, freeze_as_saved, load_vectors, load_vocabulary
 
 USAGE = """usage: vatt {verb} CONFIG [--resume [RUN]] [--section.field value ...]
@@ -74,6 +77,7 @@ def command(
 ) -> int:
     """The command line of a verb that trains: a config's flags and --resume, and what stops it as one message."""
     words, resume, run = _take_resume(list(argv))
+    run = None if run is None else os.path.expanduser(run)
     source = words.pop(0) if words and not words[0].startswith("-") else None
     if source is None and run is None:
         print(
@@ -81,14 +85,16 @@ def command(
             file=sys.stdout if "--help" in words else sys.stderr,
         )
         return 0 if "--help" in words or "-h" in words else 2
-    config = load_config(source if source is not None else str(Path(run) / "config.yaml"), kind, recipes)
+    config = load_config(source if source is not None else str(config_of_run(run)), kind, recipes)
     if run is not None:
         config = replace(config, {"out": run})
     config = parse_flags(config, words, prog=f"vatt {kind.verb}")
+    if resume:
+        check_places(config)
     try:
         return job(config, resume=resume)
     except TrainingStopped as error:
-        print(f"\n{error}", file=sys.stderr)
+        say(f"\n{error}")
         return 1
 
 
@@ -129,25 +135,27 @@ def supervised(config: RunConfig, job: Callable[[StopSignals], int]) -> int:
     Raises:
         TrainingStopped: memory ran out, or the job says so.
     """
+    if note := alone_among_tasks():
+        say(f"vatt {config.verb}: {note}")
     with StopSignals() as stop:
         try:
             with joined_ranks(config.engine.torch_device()), Peers():
                 return job(stop)
         except StopRequested as signal:
-            print(f"{signal}: no step of this start was finished, nothing had to be saved.", file=sys.stderr)
+            say(f"{signal}: no step of this start was finished, nothing had to be saved.")
             return 128 + stop.received
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(f"vatt {config.verb}: {OUT_OF_MEMORY}") from error
 
 
-def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
+def _pretrain(config: PretrainConfig, asked: bool, stop: StopSignals) -> int:
     run_dir, seed = Path(config.out), config.engine.seed
     device = config.engine.torch_device()
     config.check_shapes()
+    resume = check_run(config, asked)
 
-    # ------------------------------------------------ words, data, model, loss
+    # ------------------------------------------------ words, data, model, loss: all that may refuse to train
     samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
-    resume = open_run(config, resume)
     kept = run_dir / "tokenizer.json"
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
@@ -155,33 +163,34 @@ def _pretrain(config: PretrainConfig, resume: bool, stop: StopSignals) -> int:
     num_vectors = load_vectors(model, config.model, config.text, vocabulary, held=resume)
     if resume and config.text.vectors is None and freeze_as_saved(model, config.model, run_dir):
         check_words(config, kept)
-    faults = run_dir / ("quarantine.jsonl" if rank() == 0 else f"quarantine.rank-{rank()}.jsonl")
     ranks = {"rank": rank(), "world": world_size()}
-    loader = build_loader(
-        samples, config.data, vocabulary, device=device, sizes=sizes, seed=seed, quarantine=faults, **ranks
-    )
+    loader = build_loader(samples, config.data, vocabulary, device=device, sizes=sizes, seed=seed, **ranks)
     loss = PretrainLoss(config.loss)
     engine = Engine(model, loss, config.engine, config.optim, config.schedule, run_dir=run_dir)
+    heldout = HeldOut(config, vocabulary, device=device) if config.heldout else None
 
-    # ------------------------------------------------ training
-    if rank() == 0:
-        vocabulary.save(kept)
-    model_on = f"{config.model.name} on {device} in {engine.precision}"
-    notes = [f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}"]
-    if config.text.vectors is not None:
-        notes.append(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
-    heldout = None
-    if config.heldout:
-        heldout = HeldOut(config, vocabulary, device=device, quarantine=faults.with_name(f"heldout.{faults.name}"))
-    stopped = train(config, engine, loader, stop, resume=resume, notes=notes, heldout=heldout)
-    weights = engine.strategy.export_state(rank(), 1)["model"]  # on rank 0, gathered by all
-    if rank() == 0:
-        if not stopped:
-            whole = build_model(config.model)
-            whole.load_state_dict(weights)
-            whole.word_embedding.weight.requires_grad_(model.word_embedding.weight.requires_grad)
-            save_pretrained(whole, run_dir / "model", vocabulary=vocabulary)
-        plot_run(run_dir)
+    # ------------------------------------------------ training, in a folder of its own
+    with opened_run(config, asked):
+        if resume:
+            resume_run(engine, loader, config)
+        write_start(config)
+        if rank() == 0:
+            vocabulary.save(kept)
+        if heldout is not None:
+            heldout.loader.report_to(faults_file(run_dir, "heldout.quarantine"))
+        model_on = f"{config.model.name} on {device} in {engine.precision}"
+        notes = [f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}"]
+        if config.text.vectors is not None:
+            notes.append(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
+        stopped = train(config, engine, loader, stop, notes=notes, heldout=heldout)
+        weights = engine.strategy.export_state(rank(), 1)["model"]  # on rank 0, gathered by all
+        if rank() == 0:
+            if not stopped:
+                whole = build_model(config.model)
+                whole.load_state_dict(weights)
+                whole.word_embedding.weight.requires_grad_(model.word_embedding.weight.requires_grad)
+                save_pretrained(whole, run_dir / "model", vocabulary=vocabulary)
+            draw_run(run_dir)
     return 128 + stop.received if stopped else 0
 
 
@@ -191,26 +200,19 @@ def train(
     loader: Loader,
     stop: StopSignals,
     *,
-    resume: bool,
     notes: Sequence[str],
     prepare: Callable[[Batch, int], Batch] | None = None,
     heldout: HeldOut | None = None,
 ) -> bool:
-    """The steps of a run in its folder, which `open_run` has opened; whether it stopped before the last of them.
+    """The steps of a run in its folder, which `opened_run` has opened; whether it stopped before the last of them.
 
     Args:
-        resume: from the newest checkpoint.
         notes: lines to begin with.
         prepare: changes a batch for the step after so many finished ones.
         heldout: evaluates beside training.
     """
-    run_dir, device, steps = Path(config.out), engine.device, config.engine.steps
-    if resume:
-        _resume(engine, loader, config)
-    if rank() == 0:
-        write_text(run_dir / "config.yaml", dump_yaml(to_dict(config)))
-        write_text(run_dir / "env.json", json.dumps(environment(device), indent=1) + "\n")
-
+    run_dir, steps = Path(config.out), config.engine.steps
+    loader.report_to(faults_file(run_dir, "quarantine"))
     with loader, _run_log(config, engine) as log:
         for note in notes:
             log.say(note)
@@ -227,6 +229,19 @@ def train(
         if stopped:
             log.say(f"stopped after step {engine.finished}; continue with: vatt {config.verb} --resume {run_dir}")
     return stopped
+
+
+def faults_file(run_dir: Path, name: str) -> Path:
+    """Where this rank names files that cannot be used."""
+    return run_dir / (f"{name}.jsonl" if rank() == 0 else f"{name}.rank-{rank()}.jsonl")
+
+
+def draw_run(run_dir: Path) -> None:
+    """Draw what the run has logged; that it cannot be drawn is no matter of the training, which is done."""
+    try:
+        plot_run(run_dir)
+    except (OSError, RuntimeError, ValueError) as error:
+        say(f"note: no pictures of {run_dir}, got: {error} Draw them later with `vatt plot {run_dir} --out FOLDER`.")
 
 
 def _run_log(config: RunConfig, engine: Engine) -> RunLog | NoLog:
@@ -316,38 +331,13 @@ def _go_back(engine: Engine, guard: SpikeGuard, log: RunLog | NoLog) -> None:
     log.event(step, "the loss jumps: went back and skipped the data since then", to=found.step)
 
 
-def open_run(config: RunConfig, resume: bool) -> bool:
-    """Open the run folder on every rank; whether there is a checkpoint to resume.
+def resume_run(engine: Engine, loader: Loader, config: RunConfig) -> None:
+    """Go on from the newest checkpoint of the run folder, which is read and not changed.
 
     Raises:
-        ConfigError: it holds another run, or is no folder.
+        CheckpointError: there is no valid one, or it belongs to another model or optimizer.
+        ValueError: it was saved with other data.
     """
-    found = _open_run(Path(config.out), resume, config.verb)
-    return bool(largest_of_ranks(int(found), config.engine.torch_device()))  # none writes before all have looked
-
-
-def _open_run(run_dir: Path, resume: bool, verb: str) -> bool:
-    """Make the run folder, or refuse one that holds another run; whether there is a checkpoint to resume."""
-    if resume:
-        if not has_checkpoint(run_dir):
-            _tell(f"{run_dir}: no checkpoint yet, starting at step 0.")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return has_checkpoint(run_dir)
-    if (run_dir / "metrics.jsonl").exists() or has_checkpoint(run_dir):
-        raise ConfigError(
-            f"{run_dir}: --out must be a new run folder, got one that holds a run. "
-            f"Continue it with `vatt {verb} --resume {run_dir}`, or choose another --out."
-        )
-    for name in ("config.yaml", "env.json", "tokenizer.json", "quarantine.jsonl", "model"):
-        if (run_dir / name).exists():
-            raise ConfigError(f"{run_dir}: --out must be a new run folder, got one with a {name}, which is kept.")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: --out must be a folder, got a file.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return False
-
-
-def _resume(engine: Engine, loader: Loader, config: RunConfig) -> None:
     found = engine.resume()
     for reason in found.skipped:
         _tell(reason)
@@ -361,7 +351,7 @@ def _resume(engine: Engine, loader: Loader, config: RunConfig) -> None:
 
 def _tell(text: str) -> None:
     if rank() == 0:
-        print(text, file=sys.stderr)
+        say(text)
 
 
 def read_training_manifest(path: str, verb: str) -> list[Sample]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +18,11 @@ from vatt_engine.data.dali import build_loader
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.config import EngineConfig
-from vatt_engine.engine.logging import write_text
 from vatt_engine.engine.optim import OptimConfig, build_optimizer
 from vatt_engine.models import build_model, init, load_tower
-from vatt_engine.schema import ConfigError
+from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.towers import Tower, read_tower
 
 BATCH = 64  # of the low-rank classifier (official)
@@ -34,11 +33,12 @@ class ProbeConfig:
     """Linear classifiers on the frozen features of a run's tower, over the splits of a dataset.
 
     Features are AGG's, of the centre clip of training files and of several windows of test files, whose probabilities
-    are averaged; nothing is augmented. Writes RUN/probe-MODALITY.json, or probe-MODALITY-untrained.json.
+    are averaged; nothing is augmented. Writes OUT/probe-MODALITY.json, or probe-MODALITY-untrained.json.
 
     Args:
         run: run folder, or a folder that holds a model.
         train, test: manifests of one class per sample, one of each for every split, in the same order.
+        out: folder for the results; by default the run's.
         modality: the tower, "video" or "audio".
         untrained: random weights instead of the run's, the baseline.
         num_windows: of a test file.
@@ -50,9 +50,10 @@ class ProbeConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
 
-    run: str
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    run: PathText
+    train: tuple[PathText, ...]
+    test: tuple[PathText, ...]
+    out: PathText | None = None
     modality: Literal["video", "audio"] = "video"
     untrained: bool = False
     num_windows: int = 4
@@ -76,8 +77,9 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(ProbeConfig, argv, prog="vatt probe", positional=("run",))
     result = probe(config)
     print(table(result["rows"]))
-    print(f"{result['left_out']} files left out; in percent, the last rows over all splits; also in {result['path']}")
-    return 0
+    where = f"also in {result['path']}" if result["path"] else "in no file"
+    print(f"{result['left_out']} files left out; in percent, the last rows over all splits; {where}")
+    return 2 if result["unwritten"] else 0
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
@@ -85,15 +87,16 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
     Returns:
         {"run", "modality", "untrained", "rows": [{"split", "classifier", "top-1", "top-5"}], the means last,
-        "left_out": unusable files, "path": where it is written}.
+        "left_out": unusable files, "path": where it is written, "unwritten": [files that could not be]}.
 
     Raises:
-        ValueError: the run or a manifest cannot be used.
+        ValueError: the run or a manifest cannot be used, or nothing can be written where the results go.
 
     Source: official vatt/experiments/test.py (linear classification); paper section 4.3, Table 8.
 
     >>> probe(ProbeConfig(run="runs/demo/run", train=("a.jsonl",), test=("b.jsonl",)))["rows"]  # doctest: +SKIP
     """
+    results = Results(config.out or config.run, "vatt probe")
     splits = [tuple(labelled(path) for path in pair) for pair in zip(config.train, config.test)]
     num_classes = 1 + max(sample.label for split in splits for samples in split for sample in samples)
     features, rows = Features(config), []
@@ -111,11 +114,11 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         own = [row for row in rows if row["classifier"] == name]
         means = {key: sum(row[key] for row in own) / len(own) for key in own[0] if key.startswith("top")}
         rows.append({"split": "mean", "classifier": name, **means})
-    path = Path(config.run) / f"probe-{config.modality}{'-untrained' if config.untrained else ''}.json"
+    name = f"probe-{config.modality}{'-untrained' if config.untrained else ''}.json"
     result = {"run": config.run, "modality": config.modality, "untrained": config.untrained, "rows": rows}
-    result |= {"left_out": len({key[:-1] for key in features.left_out}), "path": str(path)}
-    write_text(path, json.dumps(result | dataclasses.asdict(config), indent=1) + "\n")
-    return result
+    result |= {"left_out": len({key[:-1] for key in features.left_out}), "path": str(results.folder / name)}
+    path = results.save_text(name, json.dumps(result | dataclasses.asdict(config), indent=1) + "\n")
+    return result | {"path": None if path is None else str(path), "unwritten": results.faults}
 
 
 def labelled(path: str) -> list[Sample]:

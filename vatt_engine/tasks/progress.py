@@ -10,6 +10,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from vatt_engine.output import is_terminal, put
+
 SAY_EVERY = 30.0  # seconds between lines where the output is no terminal
 
 
@@ -24,13 +26,13 @@ class Bar:
         done: units that an earlier call has done, which say nothing about the rate.
     """
 
-    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO, done: int = 0):
+    def __init__(self, name: str, total: int | None, unit: str, stream: TextIO | None, done: int = 0):
         self.name, self.total, self.unit, self.stream = name, total, unit, stream
         self.first = self.done = done
         self.start = self.said = time.monotonic()
         form = {"unit": unit if unit == "B" else f" {unit}", "unit_scale": unit == "B", "initial": done}
         self._bar = None
-        if stream.isatty():
+        if is_terminal(stream):
             self._bar = tqdm(desc=name, total=total, file=stream, delay=0.5, leave=False, dynamic_ncols=True, **form)
 
     def update(self, more: int, note: str = "") -> None:
@@ -41,7 +43,7 @@ class Bar:
             self._bar.update(more)
         elif time.monotonic() - self.said >= SAY_EVERY:
             self.said = time.monotonic()
-            print(self.line(note), file=self.stream, flush=True)
+            put(self.stream, self.line(note) + "\n")
 
     def line(self, note: str = "") -> str:
         """What a log gets to read."""
@@ -87,7 +89,7 @@ class Reading:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._end()
-        print(text, file=self.stream, flush=True)
+        put(self.stream, text + "\n")
 
     def _end(self) -> None:
         if self._bar is not None:
@@ -108,4 +110,4 @@ class Progress:
         self._bar.update(done - self._bar.done, f"{rejected} rejected")
         if done == total:
             self._bar.close()
-            print(self._bar.line(f"{rejected} rejected"), file=self.stream, flush=True)
+            put(self.stream, self._bar.line(f"{rejected} rejected") + "\n")

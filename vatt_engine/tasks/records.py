@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ class HeldOut:
 
     Args:
         config, vocabulary, device: of the run.
-        quarantine: the .jsonl file that names faults.
 
     Raises:
         ConfigError: there are fewer clips than ranks, or than two.
@@ -45,14 +43,14 @@ class HeldOut:
     True
     """
 
-    def __init__(self, config: PretrainConfig, vocabulary: Vocabulary, *, device: torch.device, quarantine: Path):
+    def __init__(self, config: PretrainConfig, vocabulary: Vocabulary, *, device: torch.device):
         samples = read_samples(config.heldout)
         size = min(config.data.batch_size, len(samples) // world_size() * world_size())
         if size < 2:
             raise ConfigError(f"vatt pretrain: heldout must hold at least {max(2, world_size())} clips, got {size}.")
         # A clip that cannot be used is no reason to stop training.
         data = replace(config.data, train=config.heldout, weights=(), augment=PLAIN, max_bad_fraction=1.0)
-        options = {"seed": config.engine.seed, "quarantine": quarantine, "rank": rank(), "world": world_size()}
+        options = {"seed": config.engine.seed, "rank": rank(), "world": world_size()}
         self.loader = build_loader(samples, data, vocabulary, device=device, batch_size=size, **options)
         self.begin, self.every, self.steps = self.loader.state_dict(), config.evaluate_every, config.engine.steps
         self.done: int | None = None  # the step that was evaluated last

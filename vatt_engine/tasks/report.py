@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 
 from vatt_engine.analysis.ablation import shown
-from vatt_engine.analysis.report import read_records
+from vatt_engine.analysis.report import read_records, table
 from vatt_engine.analysis.report_page import Answer, RunReport, page, thumbnail
 from vatt_engine.batch import Batch
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample, read_manifest
-from vatt_engine.engine.logging import write_text
-from vatt_engine.schema import ConfigError
+from vatt_engine.output import put
+from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.config import PretrainConfig
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.retrieve import embed_captions, embed_clips, load_run
 from vatt_engine.tasks.towers import load_run_config
 from vatt_engine.tasks.visualize import with_runs
@@ -44,9 +46,9 @@ class ReportConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
 
-    runs: tuple[str, ...]
-    data: str | None = None
-    out: str | None = None
+    runs: tuple[PathText, ...]
+    data: PathText | None = None
+    out: PathText | None = None
     num_queries: int = 8
     num_clips: int = 500
     batch_size: int = 32
@@ -64,18 +66,24 @@ class ReportConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    print(report(parse_flags(ReportConfig, with_runs(argv), prog="vatt report")))
+    path = report(parse_flags(ReportConfig, with_runs(argv), prog="vatt report"))
+    if path is None:
+        return 2
+    print(path)
     return 0
 
 
-def report(config: ReportConfig) -> Path:
-    """Write the page; returns its path.
+def report(config: ReportConfig) -> Path | None:
+    """Write the page; returns its path, or None where it could not be written: then its tables are printed.
 
     Raises:
-        ValueError: a run, one of its files or the manifest cannot be used.
+        ValueError: a run, one of its files or the manifest cannot be used, or nothing can be written where the page
+            goes.
 
     >>> report(ReportConfig(runs=("run",)))  # doctest: +SKIP
     """
+    place = Path(config.out or Path(config.runs[0]) / "report.html")
+    results = Results(place.parent, "vatt report")
     samples = read_manifest(config.data) if config.data else []
     draw = random.Random(config.seed)
     samples = draw.sample(samples, min(config.num_clips, len(samples)))
@@ -84,9 +92,11 @@ def report(config: ReportConfig) -> Path:
         raise ConfigError(f"{config.data}: the manifest must have captions for examples, got none.")
     queries = draw.sample(told, min(config.num_queries, len(told)))
     runs = [_read_run(run, config, samples, queries) for run in config.runs]
-    path = Path(config.out or Path(config.runs[0]) / "report.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page("vatt_engine: " + ", ".join(config.runs), runs))
+    path = results.save_text(place.name, page("vatt_engine: " + ", ".join(config.runs), runs))
+    if path is None:
+        for run in runs:
+            for title, rows in run.results.items():
+                put(sys.stdout, f"{run.name}: {title}\n{table(rows)}\n")
     return path
 
 

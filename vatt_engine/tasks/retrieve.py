@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,30 +23,34 @@ from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
-from vatt_engine.engine.logging import write_text
 from vatt_engine.models import VATT, build_model, from_pretrained
-from vatt_engine.schema import ConfigError
-from vatt_engine.tasks.config import PretrainConfig, load_config
+from vatt_engine.output import say
+from vatt_engine.schema import ConfigError, PathText
+from vatt_engine.tasks.config import PretrainConfig
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.results import Results
+from vatt_engine.tasks.towers import load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveConfig:
     """Zero-shot retrieval with the newest valid checkpoint of a run.
 
-    The text of a clip is its first caption. Writes RUN/retrieval.json and RUN/plots/similarity-*.png.
+    The text of a clip is its first caption. Writes OUT/retrieval.json and OUT/plots/similarity-*.png.
 
     Args:
         run: run folder of `vatt pretrain`, or a folder that holds a model and its tokenizer.json.
         data: manifest or shards of clips the run has not seen.
+        out: folder for the results; by default the run's.
         num_windows: windows per clip, whose embeddings are averaged before they are normalised (official: 4).
         fps: of the clips; None: as the run was trained (official: 12.5).
         batch_size: windows embedded at once.
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
 
-    run: str
-    data: str
+    run: PathText
+    data: PathText
+    out: PathText | None = None
     num_windows: int = 4
     fps: float | None = None
     batch_size: int = 32
@@ -65,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"{kind} {entry['path']}: {entry['reason']}")
     rows = [{"task": task, **metrics} for task, metrics in result["tasks"].items()]
     print(table(rows))
-    where = Path(config.run) / "retrieval.json"
-    print(f"R@k and chance in percent, MedR from 1; checkpoint of step {result['step']}; also in {where}")
-    return 0
+    where = f"also in {result['path']}" if result["path"] else "in no file"
+    print(f"R@k and chance in percent, MedR from 1; checkpoint of step {result['step']}; {where}")
+    return 2 if result["unwritten"] else 0
 
 
 @torch.inference_mode()
@@ -76,16 +81,17 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
 
     Returns:
         {"run", "step", "data", "num_windows", "tasks": {"text -> video": {"R@1", ..., "MedR", "chance R@10",
-        "queries", "candidates"}}, "skipped": [quarantine entries], "noted": [those of clips that were used]}; a task
-        is there if the run was trained for it.
+        "queries", "candidates"}}, "skipped": [quarantine entries], "noted": [those of clips that were used], "path":
+        where it is written, "unwritten": [files that could not be]}; a task is there if the run was trained for it.
 
     Raises:
-        ValueError: the run, its checkpoints or the manifest cannot be used.
+        ValueError: the run, its checkpoints or the manifest cannot be used, or nothing can be written where the results
+            go.
 
     >>> retrieve(RetrieveConfig(run="runs/demo/run", data="world/heldout.jsonl"))["tasks"]  # doctest: +SKIP
     """
-    run_dir = Path(config.run)
-    run, model, vocabulary, step = load_run(run_dir, config.device)
+    results = Results(config.out or config.run, "vatt retrieve")
+    run, model, vocabulary, step = load_run(Path(config.run), config.device)
     samples = read_samples(config.data)
     data = dataclasses.replace(run.data, num_windows=config.num_windows, fps=config.fps or run.data.fps)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
@@ -119,14 +125,15 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
         metrics["chance R@10"] = metrics.pop("chance")
         tasks[f"{query} -> {candidate}"] = metrics | {"queries": len(ids), "candidates": len(candidates)}
         if candidate == "video":
-            path = run_dir / "plots" / f"similarity-{query}-video.png"
-            plot_similarity(similarity, path, f"{query} to video, held out", query=query, candidate=candidate)
+            title = f"{query} to video, held out"
+            draw = functools.partial(plot_similarity, similarity, title=title, query=query, candidate=candidate)
+            results.save(f"plots/similarity-{query}-video.png", draw)
     if not tasks:
         raise ConfigError(f"{config.data}: the manifest must have a clip with sound or a caption, got none to compare.")
     result = {"run": config.run, "step": step, "data": config.data, "num_windows": config.num_windows}
     result |= {"tasks": tasks, **faults}
-    write_text(run_dir / "retrieval.json", json.dumps(result, indent=1) + "\n")
-    return result
+    path = results.save_text("retrieval.json", json.dumps(result, indent=1) + "\n")
+    return result | {"path": None if path is None else str(path), "unwritten": results.faults}
 
 
 def load_run(run_dir: Path, device: str = "auto") -> tuple[PretrainConfig, VATT, Vocabulary, int]:
@@ -138,10 +145,15 @@ def load_run(run_dir: Path, device: str = "auto") -> tuple[PretrainConfig, VATT,
     if (run_dir / "config.json").is_file():
         config, model = _of_model(run_dir)
         return config, model.to(_target(config, device)), Vocabulary.load(run_dir / "tokenizer.json"), 0
-    config = load_config(str(run_dir / "config.yaml"))
+    config = load_run_config(run_dir)
+    if not isinstance(config, PretrainConfig):
+        raise ConfigError(
+            f"{run_dir}: the run must be one of `vatt pretrain`, got one of `vatt {config.verb}`: a classifier on one "
+            "tower, without a common space. `vatt probe` and `vatt visualize --figure tsne-classes` take it."
+        )
     checkpoint = load_latest(run_dir)
     for reason in checkpoint.skipped:
-        print(reason)
+        say(reason)
     model = build_model(config.model)
     try:
         model.load_state_dict(checkpoint.tensors.get("model", {}))

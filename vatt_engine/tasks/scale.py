@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vatt_engine.analysis.report import table
 from vatt_engine.analysis.scale import STRATEGIES, Rate, measured_rate, memory, sizes, step_seconds, traffic
 from vatt_engine.models import VATTConfig, model_config
+from vatt_engine.schema import PathText
 from vatt_engine.tasks.flags import parse_flags
 
 UNMEASURED = "needs `make gpu` results"
@@ -40,7 +41,7 @@ class ScaleConfig:
     checkpointing: bool = False
     candidates: int = 5
     memory: float = 80.0
-    results: str = "benchmarks/results"
+    results: PathText = "benchmarks/results"
     tflops: float | None = None
     bandwidth: float | None = None
     json: bool = False

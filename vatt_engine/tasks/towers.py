@@ -11,8 +11,8 @@ from vatt_engine.data.config import DataConfig
 from vatt_engine.engine.checkpoint import load_latest
 from vatt_engine.models import EncoderConfig, from_pretrained, tower_config, tower_weights
 from vatt_engine.models.pretrained import Modality
-from vatt_engine.schema import ConfigError, load_yaml
-from vatt_engine.tasks.config import RECIPES, PretrainConfig, load_config
+from vatt_engine.schema import ConfigError, load_yaml, with_article
+from vatt_engine.tasks.config import RECIPES, PretrainConfig, config_of_run, load_config, verb_of
 from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
 
 
@@ -42,15 +42,23 @@ def read_tower(path: str, modality: Modality) -> Tower:
         config, weights, data = run.model, load_latest(folder).tensors.get("model", {}), run.data
     else:
         text = "be a run folder, with a config.yaml, or a model's, with a config.json"
-        raise ConfigError(f"{path}: the folder must {text}, got neither.")
+        found = "neither"
+        if (folder / "ablation.json").is_file():
+            found = "the folder of an ablation, whose runs are the folders in it"
+        raise ConfigError(f"{path}: the folder must {text}, got {found}.")
     if isinstance(config, EncoderConfig) and config.modality != modality:
-        raise ConfigError(f"{path}: the model must have a {modality} tower, got the {config.modality} encoder.")
+        wanted = with_article(f"{modality} tower")
+        raise ConfigError(f"{path}: the model must have {wanted}, got the {config.modality} encoder.")
     return Tower(tower_config(config, modality), tower_weights(config, weights, modality), data)
 
 
 def load_run_config(folder: Path) -> PretrainConfig | FinetuneConfig:
-    """The config that a run folder keeps."""
-    path = str(folder / "config.yaml")
-    if "init" in load_yaml(path).values:
-        return load_config(path, FinetuneConfig, FINETUNE_RECIPES)
-    return load_config(path, PretrainConfig, RECIPES)
+    """The config that a run folder keeps.
+
+    Raises:
+        ConfigError: the folder is no run's; it says what else it is.
+    """
+    path = config_of_run(folder)
+    if verb_of(load_yaml(path).values) == FinetuneConfig.verb:
+        return load_config(str(path), FinetuneConfig, FINETUNE_RECIPES)
+    return load_config(str(path), PretrainConfig, RECIPES)

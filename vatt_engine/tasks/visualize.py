@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import random
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +21,20 @@ from vatt_engine.analysis.embeddings import common_space, densities, plot_densit
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.models import VATT
-from vatt_engine.schema import ConfigError
+from vatt_engine.output import put
+from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.probe import Features, ProbeConfig
+from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.retrieve import load_run
 
 Rows = list[dict[str, Any]]
+Figure = tuple[Rows, Callable[[Path], object]]  # the numbers, and what draws them into a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """Writes OUT/FIGURE.png and OUT/FIGURE.csv, several runs side by side.
+    """Writes OUT/FIGURE.png and OUT/FIGURE.csv, several runs side by side; prints what of the CSV cannot be written.
 
     Args:
         runs: run folders of `vatt pretrain`, for tsne-classes also of `vatt finetune`, or folders with a video model;
@@ -47,10 +52,10 @@ class VisualizeConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
 
-    runs: tuple[str, ...]
-    data: str
+    runs: tuple[PathText, ...]
+    data: PathText
     figure: Literal["tsne-classes", "tsne-modalities", "similarity", "activation"]
-    out: str | None = None
+    out: PathText | None = None
     num_classes: int = 100
     num_clips: int = 1000
     hook: Hook = "mlp-input"
@@ -70,9 +75,10 @@ class VisualizeConfig:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_flags(VisualizeConfig, with_runs(argv), prog="vatt visualize")
-    for path in visualize(config):
+    paths = visualize(config)
+    for path in paths:
         print(path)
-    return 0
+    return 0 if len(paths) == 2 else 2
 
 
 def with_runs(argv: Sequence[str]) -> list[str]:
@@ -83,23 +89,27 @@ def with_runs(argv: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def visualize(config: VisualizeConfig) -> list[Path]:
-    """Draw one figure; returns the PNG and the CSV.
+    """Draw one figure; returns the PNG and the CSV, without one that could not be written, which is said.
 
     Raises:
-        ValueError: a run, its checkpoints or the manifest cannot be used, or the manifest has not what is drawn.
+        ValueError: a run, its checkpoints or the manifest cannot be used, the manifest has not what is drawn, or
+            nothing can be written where the figure goes.
 
     >>> visualize(VisualizeConfig(runs=("run",), data="heldout.jsonl", figure="similarity"))  # doctest: +SKIP
     """
+    results = Results(config.out or Path(config.runs[0]) / "plots", "vatt visualize")
     chosen = choose(read_manifest(config.data), config)
-    path = Path(config.out or Path(config.runs[0]) / "plots") / f"{config.figure}.png"
     figures = {"tsne-classes": _classes, "tsne-modalities": _modalities, "similarity": _similarity}
-    rows = figures.get(config.figure, _activation)(config, chosen, path)
-    table = path.with_suffix(".csv")
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    return [path, table]
+    rows, draw = figures.get(config.figure, _activation)(config, chosen)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    table = results.save_text(f"{config.figure}.csv", text.getvalue())
+    if table is None:  # the numbers are the work; a picture can be drawn of them
+        put(sys.stdout, text.getvalue())
+    picture = results.save(f"{config.figure}.png", draw)
+    return [path for path in (picture, table) if path is not None]
 
 
 def choose(samples: Sequence[Sample], config: VisualizeConfig) -> list[Sample]:
@@ -112,7 +122,9 @@ def choose(samples: Sequence[Sample], config: VisualizeConfig) -> list[Sample]:
     if config.figure == "tsne-classes":
         labelled = [sample for sample in samples if isinstance(sample.label, int | str)]
         if not labelled:
-            raise ConfigError(f"{config.data}: the manifest must have a label for its clips, got none.")
+            several = next((sample for sample in samples if sample.label is not None), None)
+            found = "none" if several is None else f"several for each, {list(several.label)} on line {several.line}"
+            raise ConfigError(f"{config.data}: the manifest must have one label for a clip, got {found}.")
         classes = sorted({sample.label for sample in labelled}, key=str)
         kept = set(draw.sample(classes, min(config.num_classes, len(classes))))
         samples = [sample for sample in labelled if sample.label in kept]
@@ -176,7 +188,7 @@ def common(model: VATT, modality: str, signals: Tensor) -> Tensor:
     return common_space(model, modality, pooled(model, modality, signals))
 
 
-def _classes(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> Rows:
+def _classes(config: VisualizeConfig, samples: Sequence[Sample]) -> Figure:
     panels, rows = {}, []
     for name in config.runs:
         tower = {"run": name, "batch_size": config.batch_size, "device": config.device}
@@ -185,11 +197,10 @@ def _classes(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> 
         panels[textwrap.fill(name, 44)] = (points, [str(sample.label) for sample in shown])
         for sample, (x, y) in zip(shown, points.tolist()):
             rows.append({"run": name, "clip": str(sample.path), "class": sample.label, "x": x, "y": y})
-    plot_points(panels, path, "Video features by class, t-SNE")
-    return rows
+    return rows, lambda path: plot_points(panels, path, "Video features by class, t-SNE")
 
 
-def _modalities(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> Rows:
+def _modalities(config: VisualizeConfig, samples: Sequence[Sample]) -> Figure:
     panels, rows = {}, []
     for name in config.runs:
         run = open_run(name, config, samples)
@@ -200,11 +211,12 @@ def _modalities(config: VisualizeConfig, samples: Sequence[Sample], path: Path) 
             panels[f"{space}\n{run.title}"] = (points, [modality for modality, _ in members])
             for (modality, i), (x, y) in zip(members, points.tolist()):
                 rows.append({"run": name, "space": space, "modality": modality, "sample": i, "x": x, "y": y})
-    plot_points(panels, path, "Modalities behind the tokenizers and in the common space, t-SNE")
-    return rows
+    return rows, lambda path: plot_points(
+        panels, path, "Modalities behind the tokenizers and in the common space, t-SNE"
+    )
 
 
-def _similarity(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> Rows:
+def _similarity(config: VisualizeConfig, samples: Sequence[Sample]) -> Figure:
     panels, rows = {}, []
     for name in config.runs:
         run = open_run(name, config, samples)
@@ -220,11 +232,10 @@ def _similarity(config: VisualizeConfig, samples: Sequence[Sample], path: Path) 
             rows += [{"run": name, "pair": f"video-{other}", **row} for row in bins]
     if not rows:
         raise ConfigError(f"{config.data}: the manifest must have two clips with sound or a caption, got fewer.")
-    plot_densities(panels, path, "Similarity of positive and random pairs")
-    return rows
+    return rows, lambda path: plot_densities(panels, path, "Similarity of positive and random pairs")
 
 
-def _activation(config: VisualizeConfig, samples: Sequence[Sample], path: Path) -> Rows:
+def _activation(config: VisualizeConfig, samples: Sequence[Sample]) -> Figure:
     layers, rows = {}, []
     for name in config.runs:
         run, means = open_run(name, config, samples), MeanActivation(config.hook)
@@ -243,5 +254,4 @@ def _activation(config: VisualizeConfig, samples: Sequence[Sample], path: Path) 
                     for node, value in enumerate(nodes)
                 ]
     where = {"mlp-input": "before the MLP", "mlp-output": "behind the MLP"}[config.hook]
-    plot_activations(layers, path, f"Mean activation {where}")
-    return rows
+    return rows, lambda path: plot_activations(layers, path, f"Mean activation {where}")

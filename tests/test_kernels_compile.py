@@ -1,14 +1,16 @@
 """Every row of the kernels' config tables, compiled for each architecture it is for: no spills, and memory suffices.
 
 Needs no GPU. `pytest -s tests/test_kernels_compile.py` prints what ptxas gave each kernel. A kernel joins by one line
-in LAUNCHES: a function that yields what its launcher may launch.
+in LAUNCHES: a function that yields what its launcher may launch. Here the options of a row of a table take its
+architectures in turn; `make soak` compiles each option for each. build/triton keeps what was compiled, by its sources.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,6 +36,7 @@ from vatt_engine.kernels import (
 
 pytestmark = pytest.mark.slow
 
+CACHE = Path(__file__).resolve().parents[1] / "build" / "triton"
 ARCHS = (80, 90, 100)
 # Bytes of shared memory a block may ask for (CUDA programming guide). The rows for 80 also serve 8.6, 8.9 and 12.0,
 # which have least.
@@ -51,6 +54,7 @@ class Launch(NamedTuple):
     kernel: Any
     label: str
     args: dict[str, Any]
+    row: Any = None  # of the table of tiles, which stands for all launches of the kernel that have it
     archs: tuple[int, ...] = ARCHS
     tensor_cores: bool = False
     small: bool = False  # tiles below the 64 rows that the instructions of 90 and 100 take: those of 80 are used
@@ -84,7 +88,12 @@ def tokenize_fwd() -> Iterator[Launch]:
                 args = READS[read] | ROWS | KEEP | terms | {"weight_ptr": f"*{dtype}:16", "WORD": word}
                 label = f"{read} {dtype} {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
                 yield Launch(
-                    tokenize.tokenize_fwd_kernel, label, args | tiles.arguments(), tiles.archs, tensor_cores=tiles.half
+                    tokenize.tokenize_fwd_kernel,
+                    label,
+                    args | tiles.arguments(),
+                    tiles,
+                    tiles.archs,
+                    tensor_cores=tiles.half,
                 )
 
 
@@ -95,7 +104,7 @@ def tokenize_bwd() -> Iterator[Launch]:
             args = READS[read] | ROWS | {"grad_ptr": f"*{dtype}:16", "out_ptr": "*fp32:16", "AGG": True}
             args |= {"rows_per_split": "i32:16"} | tiles.arguments()
             label = f"{read} {dtype} {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-            yield Launch(tokenize.tokenize_bwd_kernel, label, args, tiles.archs, tensor_cores=tiles.half)
+            yield Launch(tokenize.tokenize_bwd_kernel, label, args, tiles, tiles.archs, tensor_cores=tiles.half)
 
 
 def patch_corner() -> Iterator[Launch]:
@@ -110,14 +119,14 @@ def drop_tokens() -> Iterator[Launch]:
     args = integers("num_tokens num_kept width x_stride_b x_stride_n keep_stride_b") | {"x_stride_d": 1}
     args |= {"x_ptr": "*bf16:16", "keep_ptr": "*i64:16", "out_ptr": "*bf16:16", "keep_stride_k": 1} | ASSERTS
     for tiles in drop_token.TILES:
-        yield Launch(drop_token.drop_token_fwd_kernel, "bf16", args | tiles.arguments())
+        yield Launch(drop_token.drop_token_fwd_kernel, "bf16", args | tiles.arguments(), tiles)
 
 
 def sample_keep() -> Iterator[Launch]:
     args = integers("num_tokens num_kept") | {"seed_ptr": "*i64:16", "sample_id_ptr": "*i64:16", "num_warps": 4}
     for tiles in drop_token.SORT_TILES:
         sort = args | {"keep_ptr": "*i64:16", "BLOCK_N": tiles.num_tokens, "num_warps": tiles.num_warps}
-        yield Launch(drop_token.sample_keep_kernel, f"of {tiles.num_tokens}", sort)
+        yield Launch(drop_token.sample_keep_kernel, f"of {tiles.num_tokens}", sort, tiles)
     args = {name: value for name, value in args.items() if name != "num_kept"}
     args |= {"key_ptr": "*i64:16", "BLOCK_N": drop_token.KEY_BLOCK}
     yield Launch(drop_token.sample_keys_kernel, "any", args)
@@ -129,7 +138,7 @@ def segment_sums() -> Iterator[Launch]:
     for tiles in segment_sum.TILES:
         for out, acc in (("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)):
             more = {"out_ptr": f"*{out}:16", "ACC": acc} | tiles.arguments()
-            yield Launch(segment_sum.segment_sum_kernel, f"to {out}", args | more)
+            yield Launch(segment_sum.segment_sum_kernel, f"to {out}", args | more, tiles)
 
 
 # Video at 50 % kept, the text tower, the packed modality-agnostic backbone, progressive DropToken.
@@ -172,7 +181,13 @@ def attention_passes() -> Iterator[Launch]:
                 }
                 label = f"{name} {half} {tiles.block_m}x{tiles.block_n}"
                 yield Launch(
-                    kernel, label, args, tiles.archs, tensor_cores=tiles.half, small=tiles.block_m < 64 > tiles.block_n
+                    kernel,
+                    label,
+                    args,
+                    tiles,
+                    tiles.archs,
+                    tensor_cores=tiles.half,
+                    small=tiles.block_m < 64 > tiles.block_n,
                 )
 
 
@@ -187,9 +202,9 @@ def nce_tiles() -> Iterator[Launch]:
         for offset, candidates in (("fp32", 1), (None, 5))[0 if tiles.min_rows else 1 :]:
             args |= {"offset": offset, "P": candidates}
             label = f"{dtype} {'' if offset else 'no '}offset {tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-            yield Launch(nce.nce_stats_kernel, label, args | parts, tiles.archs, tensor_cores=tiles.half)
+            yield Launch(nce.nce_stats_kernel, label, args | parts, tiles, tiles.archs, tensor_cores=tiles.half)
             gradient = args | sums | {"g_ptr": f"*{dtype}:16"}
-            yield Launch(nce.nce_grad_kernel, label, gradient, tiles.archs, tensor_cores=tiles.half)
+            yield Launch(nce.nce_grad_kernel, label, gradient, tiles, tiles.archs, tensor_cores=tiles.half)
 
 
 LAUNCHES = [
@@ -219,9 +234,24 @@ def compiled(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=args)
 
 
+def in_turn(launches: Iterable[Launch]) -> set[tuple[str, str, int]]:
+    """Names of launches and architectures: every option and every architecture of each row, and few pairs of them."""
+    rows: dict[Any, list[Launch]] = {}
+    for launch in launches:
+        rows.setdefault((launch.kernel, launch.row), []).append(launch)
+    drawn = set()
+    for number, options in enumerate(rows.values()):
+        archs = options[0].archs
+        for i in range(max(len(options), len(archs))):
+            launch = options[i % len(options)]
+            drawn.add((launch.kernel.__name__, launch.label, archs[(i + number) % len(archs)]))
+    return drawn
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+def _own_cache(monkeypatch):
+    """Triton finds what it has compiled by a hash of the kernel, all that it calls, its arguments and options."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(CACHE))
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +262,31 @@ def report():
     print("\n" + "\n".join(rows))
 
 
-@pytest.mark.parametrize(
-    ("launch", "arch"),
-    [
-        pytest.param(launch, arch, id=f"{launch.kernel.__name__}-{launch.label}-{arch}")
-        for launch in LAUNCHES
-        for arch in launch.archs
-    ],
-)
+def every_launch() -> Iterator[Any]:
+    """What pytest runs: each launch for each of its architectures, those that are not drawn in `make soak` alone."""
+    drawn = in_turn(LAUNCHES)
+    for launch in LAUNCHES:
+        for arch in launch.archs:
+            name = launch.kernel.__name__, launch.label, arch
+            yield pytest.param(
+                launch, arch, id="-".join(map(str, name)), marks=[] if name in drawn else pytest.mark.soak
+            )
+
+
+def test_the_draw_leaves_nothing_out():
+    """Every row with every architecture and with every option."""
+    drawn = in_turn(LAUNCHES)
+    for launch in LAUNCHES:
+        name, row = (
+            launch.kernel.__name__,
+            [x.label for x in LAUNCHES if (x.kernel, x.row) == (launch.kernel, launch.row)],
+        )
+        assert [arch for arch in launch.archs if not any((name, label, arch) in drawn for label in row)] == []
+        assert any((name, launch.label, arch) in drawn for arch in launch.archs)
+    assert len(drawn) < 0.7 * sum(len(launch.archs) for launch in LAUNCHES)
+
+
+@pytest.mark.parametrize(("launch", "arch"), every_launch())
 def test_compiles_without_spills(launch, arch, report, tmp_path):
     kernel = compiled(launch, arch)
     cubin = tmp_path / "kernel.cubin"

@@ -1,7 +1,6 @@
 """The native module: what it needs (nothing), what it refuses, and what nvcc made of its kernels."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import dump, needs_machine_code, resources
 from torch.utils.dlpack import to_dlpack
 
 import vatt_engine
 from vatt_engine import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = ("80", "90a", "100")
-NVCC = shutil.which("nvcc")
 
 
 def test_imports_with_no_torch_no_gpu_and_no_driver():
@@ -190,39 +188,35 @@ int main() {{
     return torch.frombuffer(bytearray(out), dtype=torch.int16)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.stem)
-def test_cuda_kernels_do_not_spill(source, tmp_path):
+@needs_machine_code
+def test_cuda_kernels_do_not_spill():
     """For every architecture the module is built for; a file <op>_sm90.cu has kernels for sm_90a alone."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", *targets, "-c", source, "-o", tmp_path / "kernel.o"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    reports = ptxas_reports(run.stderr)
-    for arch in ("90a",) if source.stem.endswith("_sm90") else ARCHS:
-        kernels = {kernel: report for (kernel, built_for), report in reports.items() if built_for == f"sm_{arch}"}
-        assert kernels, f"{source.name} has no kernel for sm_{arch}"
-    assert {key: report for key, report in reports.items() if report != (0, 0, 0)} == {}
+    found, archs = resources(dump("--dump-resource-usage")), set(_C.cuda_archs.split(","))
+    for source in (ROOT / "csrc").glob("*.cu"):
+        built = {arch for stem, arch, _ in found if stem == source.stem}
+        assert built >= (archs & {"90a"} if source.stem.endswith("_sm90") else archs), source.name
+    assert spilling(found) == {}
 
 
-def ptxas_reports(text):
-    """(kernel, architecture) -> bytes of stack frame, spill stores, spill loads."""
-    found = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-        text,
-        flags=re.DOTALL,
-    )
-    assert len(found) == text.count("Compiling entry function"), text
-    return {(kernel, arch): tuple(map(int, numbers)) for kernel, arch, *numbers in found}
+def spilling(found):
+    """Spilled registers lie on the stack, which is local memory."""
+    return {name: used for name, used in found.items() if used["STACK"] or used["LOCAL"]}
 
 
 def test_spills_are_found():
-    report = """ptxas info    : Compiling entry function '_Z1fv' for 'sm_80'
-ptxas info    : Function properties for _Z1fv
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Compiling entry function '_Z1fv' for 'sm_90a'
-ptxas info    : Function properties for _Z1fv
-    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+    text = """
+Fatbin elf code:
+================
+arch = sm_90a
+identifier = csrc/nce.cu
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1fv:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z1gv:
+  REG:255 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-    assert ptxas_reports(report) == {("_Z1fv", "sm_80"): (0, 0, 0), ("_Z1fv", "sm_90a"): (16, 12, 8)}
+    assert len(resources(text)) == 2
+    assert spilling(resources(text)) == {("nce", "90a", "_Z1gv"): {"REG": 255, "STACK": 16, "LOCAL": 0}}

@@ -8,10 +8,10 @@ that nobody may touch.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import mmap
-import os
 import shutil
 import subprocess
 import sys
@@ -41,32 +41,36 @@ FLAGS = [
     *("-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"),
     *("-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DVATT_EMULATE", "-DVATT_HAS_CUDA=1"),
 ]
+BINDING_FLAGS = ["-O0", "-fno-sanitize=all"]  # of the file that only hands functions to Python: quick to compile
 
 
-def build(sources: Sequence[Path], bind: str) -> ModuleType:
-    """The module of these .cu and .cpp files, whose function vatt::<bind>(module) binds them; objects are cached.
+def build(*sources: Path) -> ModuleType:
+    """The module of these .cu and .cpp files, with what their vatt::bind_<name>(module) add to it; objects are cached.
 
-    Beside what `bind` adds the module has set_order(seed), the order in which warps run (0 ascending, 1 descending,
-    others shuffled), and take_counts(), the events counted since the last call ("ldmatrix bank conflicts").
+    Beside that it has set_order(seed), the order in which warps run (0 ascending, 1 descending, others shuffled), and
+    take_counts(), the events counted since the last call ("ldmatrix bank conflicts").
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "the native module was built by some C++ compiler"
     includes = [CSRC, HERE, pybind11.get_include(), sysconfig.get_path("include")]
-    headers = sorted(p for folder in (CSRC, HERE) for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
-    name = f"emulated_{bind}"
-    common = [*FLAGS, *(f"-I{path}" for path in includes), f"-DVATT_BIND={bind}", f"-DVATT_MODULE={name}"]
-    objects = []
-    for source in [*sources, HERE / "emulator.cpp", HERE / "module.cpp"]:
-        objects.append(CACHE / f"{source.stem}-{_digest(common, [source, *headers])}.o")
-        if not objects[-1].exists():
-            _compile([compiler, *common, "-x", "c++", "-c", source], objects[-1])
-    library = CACHE / f"{name}-{_digest(objects, [])}.so"
-    if not library.exists():
-        _compile([compiler, "-shared", *objects], library)
-    spec = importlib.util.spec_from_file_location(name, library)
+    common = [compiler, *FLAGS, *(f"-I{path}" for path in includes)]
+    objects = [_object(common, source) for source in [*sorted(sources), HERE / "emulator.cpp"]]
+    objects.append(_object([*common, *BINDING_FLAGS], HERE / "module.cpp"))
+    library = CACHE / f"emulated-{_digest(objects, [])}.so"
+    _make(library, [compiler, "-shared", *objects])
+    # pybind11 gives back what it has loaded under a name before, whatever the file: each library gets its own.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _object(command: Sequence[object], source: Path) -> Path:
+    """The object of a source, compiled unless the cache has one of the same flags, source and headers."""
+    headers = sorted(p for folder in (CSRC, HERE) for p in folder.iterdir() if p.suffix in (".h", ".cuh"))
+    out = CACHE / f"{source.stem}-{_digest(command, [source, *headers])}.o"
+    _make(out, [*command, "-x", "c++", "-c", source])
+    return out
 
 
 def _digest(arguments: Sequence[object], files: Sequence[Path]) -> str:
@@ -76,12 +80,17 @@ def _digest(arguments: Sequence[object], files: Sequence[Path]) -> str:
     return text.hexdigest()[:16]
 
 
-def _compile(command: Sequence[object], out: Path) -> None:
+def _make(out: Path, command: Sequence[object]) -> None:
+    """Run a compiler unless `out` is there already; a test process that wants what another compiles waits for it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(f".{os.getpid()}{out.suffix}")
-    run = subprocess.run([*map(str, command), "-o", str(part)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    part.replace(out)
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if out.exists():
+            return
+        part = out.with_suffix(f".part{out.suffix}")
+        run = subprocess.run([*map(str, command), "-o", str(part)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        part.replace(out)
 
 
 class Guarded:

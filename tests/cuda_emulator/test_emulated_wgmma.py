@@ -11,7 +11,7 @@ ORDERS = (0, 1, 7)  # of the warps: ascending, descending, shuffled
 
 @pytest.fixture(scope="module")
 def faults():
-    return build([HERE / "wgmma_faults.cu"], "bind_wgmma_faults")
+    return build(HERE / "wgmma_faults.cu")
 
 
 def product(faults, name, across=(False, False), order=0):

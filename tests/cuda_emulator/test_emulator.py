@@ -11,7 +11,7 @@ ORDERS = (0, 1, 7)  # of the warps: ascending, descending, shuffled
 
 @pytest.fixture(scope="module")
 def faults():
-    return build([HERE / "faults.cu"], "bind_faults")
+    return build(HERE / "faults.cu")
 
 
 def run(faults, name, given, order, size=None):

@@ -17,7 +17,7 @@ ORDERS = (0, 1, 7)  # of the warps: ascending, descending, shuffled
 
 @pytest.fixture(scope="module")
 def native():
-    return build([CSRC / "drop_token.cpp", CSRC / "drop_token.cu"], "bind_drop_token")
+    return build(CSRC / "drop_token.cpp", CSRC / "drop_token.cu")
 
 
 def on_gpu(tensor):

@@ -38,7 +38,7 @@ PATHS = [("mma", F32), ("mma", BF16), ("mma", F16), ("wgmma", BF16), ("wgmma", F
 
 @pytest.fixture(scope="module")
 def kernels():
-    return build([CSRC / name for name in ("nce.cu", "nce_sm90.cu", "nce_device.cpp")], "bind_nce_device")
+    return build(*(CSRC / name for name in ("nce.cu", "nce_sm90.cu", "nce_device.cpp")))
 
 
 def arguments(case, dtype):

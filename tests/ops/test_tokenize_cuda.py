@@ -66,7 +66,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def kernels():
     sources = ("tokenize.cu", "tokenize_sm90.cu", "tokenize_device.cpp")
-    return build([CSRC / name for name in sources], "bind_tokenize_device")
+    return build(*(CSRC / name for name in sources))
 
 
 def make_video(case):

@@ -16,7 +16,7 @@ PATHS = [("mma", torch.float32), ("mma", torch.bfloat16), ("wgmma", torch.bfloat
 
 @pytest.fixture
 def _emulated(monkeypatch):
-    monkeypatch.setattr(vatt_engine, "_C", build([CSRC / name for name in SOURCES], "bind_tokenize_device"))
+    monkeypatch.setattr(vatt_engine, "_C", build(*(CSRC / name for name in SOURCES)))
 
 
 def arguments(options, dtype):

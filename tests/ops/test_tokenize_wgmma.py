@@ -1,22 +1,20 @@
 """tokenize's wgmma kernels for sm_90a: their numbers in the emulator, and what nvcc and ptxas make of them."""
 
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulator import CSRC, Guarded, build
+from machine_code import dump, needs_machine_code
 from torch.utils.dlpack import to_dlpack
 
+from vatt_engine import _C
 from vatt_engine.ops.tokenize_reference import tokenize_bwd_reference, tokenize_reference
 from vatt_engine.testing import Sum, assert_within_budget, randn
 
 HALVES = [torch.bfloat16, torch.float16]
 ORDERS = (0, 1, 7)  # of the warps: ascending, descending, shuffled
-NVCC = shutil.which("nvcc")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def kernels():
     names = ("tokenize_sm90.cu", "tokenize.cu", "tokenize_device.cpp")
-    return build([CSRC / name for name in names], "bind_tokenize_device")
+    return build(*(CSRC / name for name in names))
 
 
 def inputs(case):
@@ -196,31 +194,37 @@ def test_a_token_outside_the_grid_traps(kernels):
         kernels.tokenize_fwd_cuda("wgmma", *given, size, patch, 0)
 
 
-def cuobjdump():
-    """nvcc's own, or the one that Triton brings."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = pytest.importorskip("triton", reason="needs cuobjdump, of the CUDA toolkit or Triton's")
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize(("source", "count"), [("tokenize_sm90", 8), ("nce_sm90", 4)])
-def test_products_run_in_the_background(tmp_path, source, count):
-    """HGMMA in the machine code, and ptxas has not put a wait behind each because it could not follow the registers."""
-    target = tmp_path / f"{source}.cubin"
-    options = ["-std=c++17", "-O3", "-Xptxas=-v", "-arch=sm_90a", "-cubin"]
-    run = subprocess.run([NVCC, *options, CSRC / f"{source}.cu", "-o", target], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "Potential Performance Loss" not in run.stderr
-    assert "injected" not in run.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    assert spills == [("0", "0")] * count
-    code = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
-    kernels = code.split("Function : ")[1:]
-    assert len(kernels) == count
+@needs_machine_code
+def test_products_run_in_the_background():
+    """HGMMA in the machine code; ptxas puts a wait behind each product where it could not follow the registers."""
+    if "90a" not in _C.cuda_archs.split(","):
+        pytest.skip("the native module was built without sm_90a")
+    kernels = [kernel for kernel in dump("-sass", "-arch", "sm_90a").split("Function : ")[1:] if "_sm90_cu_" in kernel]
+    assert len(kernels) == 8 + 4  # of tokenize and of nce
     for kernel in kernels:
         products = re.findall(r"HGMMA\.64x256x16\.F32[^;]*", kernel)
         assert len(products) == 4, kernel.splitlines()[0]
         across_rows = "bwd_weight" in kernel.splitlines()[0]
         assert all(("tnspA.tnspB" in product) == across_rows for product in products), products
+        assert waits_only_at_the_end(kernel), kernel.splitlines()[0]
+
+
+def waits_only_at_the_end(code):
+    """All products begin before the kernel waits for any; the last one signs for them."""
+    steps = re.findall(r"WARPGROUP\.\w+|HGMMA\.[^;]*", code)
+    first = next(i for i, step in enumerate(steps) if step.startswith("HGMMA"))
+    products, after = steps[first : first + 4], steps[first + 4 :]
+    signed = [step.rstrip().endswith("gsb0") for step in products if step.startswith("HGMMA")]
+    return signed == [False, False, False, True] and bool(after) and after[0] == "WARPGROUP.DEPBAR"
+
+
+def test_a_wait_behind_each_product_is_found():
+    product, signed, wait = (
+        "HGMMA.64x256x16.F32 R24, R24 ;",
+        "HGMMA.64x256x16.F32 R24, R24, gsb0 ;",
+        "WARPGROUP.DEPBAR.LE ;",
+    )
+    assert waits_only_at_the_end("WARPGROUP.ARRIVE ;" + product * 3 + signed + wait)
+    assert not waits_only_at_the_end((signed + wait) * 4)
+    assert not waits_only_at_the_end(product + wait + product * 2 + signed + wait)
+    assert not waits_only_at_the_end(product * 3 + signed)

@@ -41,12 +41,12 @@ def impls_of(stem: str) -> list[tuple[str, str]]:
 class Sum(NamedTuple):
     """A sum that an operation takes on the way to each of its results.
 
-    tokenize: a token adds up a patch, a bias and a position, a parameter's gradient all rows. attention: a score adds up
-    D products, and its rounding scales a probability; an output adds up N of these; where a row sees one key the
+    tokenize: a token adds up a patch, a bias and a position, a parameter's gradient all rows. attention: a score adds
+    up D products, and its rounding scales a probability; an output adds up N of these; where a row sees one key the
     gradients of q and k are 0, a difference of two sums of D products. nce: a similarity is a sum of D products of size
-    1 / t, a loss has four, a gradient is off in proportion, and what was added before ones or copies cancel is its
-    size. A layer adds up its width, a whole model what lies on the way, `transformer_terms`, once more in backward, and
-    then rows, on however many ranks. An optimiser rounds a weight once in every update.
+    1 / t, a loss has four, a gradient is off in proportion; its size is that before ones or copies cancel. A layer adds
+    up its width, a whole model what lies on the way, `transformer_terms`, once more in backward, and then rows, on
+    however many ranks. An optimiser rounds a weight once in every update.
 
     Args:
         terms: how many terms are added to make one result. Sums of the same size that follow each other, such as the

@@ -368,6 +368,13 @@ def test_rejects_bad_configs(values, message):
         AugmentConfig(**values)
 
 
+def test_audio_noise_is_the_official_one_unless_told():
+    wave = torch.sin(torch.arange(480) / 7.0)
+    assert torch.equal(
+        augment_audio(wave, AugmentConfig(), seeded()), augment_audio(wave, AugmentConfig(audio_noise=0.01), seeded())
+    )
+
+
 def test_audio_noise_has_the_waveforms_peak_as_its_scale():
     wave = torch.sin(torch.arange(50_000) * 0.01) * 0.3
     wave[100] = -0.5

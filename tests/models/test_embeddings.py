@@ -73,20 +73,38 @@ def test_spline_goes_through_its_knots_at_any_size(num_points):
     assert_same_sums(resample_table(straight, num_points + 7), expected, Sum(num_points))
 
 
-def test_mel_spectrogram_finds_a_tone():
-    rate, hertz = 48_000, 1000.0
-    wave = torch.sin(2 * math.pi * hertz * torch.arange(rate) / rate)[None]
-    spectrogram = mel_spectrogram(wave)
-    assert spectrogram.shape == (1, math.ceil(rate / 1024), 80)
+def tone(rate: int, hertz: float, seconds: float = 1.0) -> torch.Tensor:
+    return torch.sin(2 * math.pi * hertz * torch.arange(round(seconds * rate)) / rate)[None]
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 24_000, 44_100, 48_000])
+def test_mel_spectrogram_finds_a_tone_at_any_rate(rate):
+    spectrogram = mel_spectrogram(tone(rate, 1000.0), sample_rate=rate)
+    assert spectrogram.shape == (1, math.ceil(rate / int(0.02134 * rate)), 80)
     assert spectrogram.min() == 0.0
     assert spectrogram.max() == 1.0
 
     def mel(f: float) -> float:
         return 1127 * math.log(1 + f / 700)
 
-    band = (mel(hertz) - mel(80)) / (mel(7600) - mel(80)) * 81 - 1
+    band = (mel(1000.0) - mel(80)) / (mel(7600) - mel(80)) * 81 - 1
     assert abs(spectrogram[0, 10].argmax().item() - band) <= 1
-    assert not mel_spectrogram(torch.zeros(1, 4096)).any()
+    assert not mel_spectrogram(torch.zeros(1, 4096), sample_rate=rate).any()
+
+
+def test_a_spectrogram_tower_follows_its_sample_rate():
+    """The same second at another rate is the same picture, and as many tokens."""
+    pictures = []
+    for rate in (16_000, 48_000):
+        config = AudioConfig(input="spectrogram", num_samples=rate, sample_rate=rate, patch=(16, 5))
+        picture, grid = SpectrogramPatch(config, 8).prepare(tone(rate, 1000.0))
+        assert grid == config.grid == (2, 16)
+        pictures.append(picture[0, 5:40].mean(0))
+    assert pictures[0].argmax() == pictures[1].argmax()
+    with pytest.raises(ValueError, match=r"audio.sample_rate must be at least 15200 for a spectrogram, whose .* 7600"):
+        AudioConfig(input="spectrogram", patch=(16, 5), sample_rate=8_000)
+    with pytest.raises(ValueError, match=r"mel_spectrogram: sample_rate must be at least 15200, .*got 8000"):
+        mel_spectrogram(torch.zeros(1, 4096), sample_rate=8_000)
 
 
 def test_mel_bands_overlap_to_one():

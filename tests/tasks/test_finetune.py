@@ -190,6 +190,44 @@ def test_sounds_of_several_classes_with_mixup(config, world, tmp_path, capsys):
     assert [r["total"] for r in records(part.out)] == [r["total"] for r in straight]
 
 
+def spectrogram_config(config: FinetuneConfig, manifest: str) -> FinetuneConfig:
+    changes = {"input": "spectrogram", "patch": (4, 20), "patch_init": "dense", "num_samples": 16_000}
+    changes |= {"sample_rate": 16_000}
+    config = replace(sound_config(config, manifest), {f"model.audio.{name}": value for name, value in changes.items()})
+    return replace(config, {"data.num_samples": 6_400, "data.sample_rate": 16_000, "mixup": 0.0})
+
+
+def test_noise_is_the_official_one_for_waveforms_and_none_for_spectrograms(config, world, tmp_path):
+    waveform = sound_config(config, sounds(world, tmp_path))
+    assert waveform.fitted(waveform.model).data.augment.audio_noise is None  # the loader's official 0.01
+    spectrogram = spectrogram_config(config, sounds(world, tmp_path))
+    fitted = spectrogram.fitted(spectrogram.model)
+    assert fitted.data.augment.audio_noise == 0.0
+    asked = replace(spectrogram, {"data.augment.audio_noise": 0.02})
+    assert asked.fitted(asked.model).data.augment.audio_noise == 0.02
+    pretraining = load_config("vatt-bbs")
+    changes = {"model.audio.input": "spectrogram", "model.audio.patch": (16, 5), "data.sample_rate": 24_000}
+    with pytest.raises(ConfigError, match=r"data.sample_rate must equal model.audio.sample_rate 48000, got 24000"):
+        replace(pretraining, changes).check_shapes()
+
+
+def test_the_log_has_accuracy_as_trained_and_as_evaluated_side_by_side(config, world, tmp_path, capsys):
+    """Of a spectrogram whose noise was asked for, with a note; its bands follow the clips' rate."""
+    manifest = tmp_path / "motions.jsonl"
+    rows = [json.loads(line) for line in world.train.read_text().splitlines()]
+    rows = [row | {"path": str(world.train.parent / row["path"])} for row in rows]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.num_classes": 0, "model.num_classes": 8, "loss.balanced": False, "data.augment.audio_noise": 0.01}
+    assert finetune(replace(spectrogram_config(config, str(manifest)), changes)) == 0
+    assert "note: data.augment.audio_noise 0.01 makes training's spectrograms unlike" in capsys.readouterr().err
+    assert from_pretrained(tmp_path / "run" / "model").config.audio.sample_rate == 16_000
+    found = records(config.out)
+    assert [one["step"] for one in found if "clean_accuracy" in one] == [0, 2, 4, 6]
+    assert [one["step"] for one in found if "accuracy" in one] == [2, 4, 6]
+    # One batch of training clips, each as evaluation sees it: the model's own answers give the same share.
+    assert all(one["clean_accuracy"] * 8 % 1 == 0 for one in found if "clean_accuracy" in one)
+
+
 def test_mixup_mixes_sounds_and_labels_alike():
     batch = Batch(audio=torch.tensor([[1.0, 0.0], [0.0, 2.0], [4.0, 4.0]]), label=torch.eye(3))
     mixed = mixup(batch, torch.tensor([1.0, 0.25, 0.5]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 LOSS_TERMS = {"total": "total", "video_audio": "video-audio NCE", "video_text": "video-text MIL-NCE"}
 MONITORS = {  # title of a panel -> which numbers of metrics.jsonl it shows
+    "accuracy: of batches as trained on, and of one clean batch of them": r"(clean_)?accuracy",
     "effective rank of the embeddings (1: collapsed)": r".*_rank",
     "standard deviation of the embeddings (0: collapsed)": r".*_std",
     "temperature": "temperature",

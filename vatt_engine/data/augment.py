@@ -12,6 +12,8 @@ from torch.utils.dlpack import to_dlpack
 
 from vatt_engine.dispatch import native_missing
 
+OFFICIAL_NOISE = 0.01  # audio_noise of official vatt/configs, for pre-training and fine-tuning
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
@@ -32,7 +34,8 @@ class AugmentConfig:
         saturation: range of the factor on the saturation.
         contrast: range of the factor on the distance from each frame's mean colour.
         hue: largest turn of the hue, in whole turns.
-        audio_noise: standard deviation of the noise added to a waveform, relative to the waveform's peak.
+        audio_noise: standard deviation of the noise added to a waveform, relative to the waveform's peak. None is the
+            official 0.01; the tasks take it as 0 for a tower that sees a spectrogram, see `docs/tasks.md`.
 
     Raises:
         ValueError: a value is out of its range.
@@ -52,7 +55,7 @@ class AugmentConfig:
     saturation: tuple[float, float] = (0.6, 1.4)
     contrast: tuple[float, float] = (0.6, 1.4)
     hue: float = 0.2
-    audio_noise: float = 0.01
+    audio_noise: float | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in ("vgg", "inception", "none"):
@@ -72,7 +75,7 @@ class AugmentConfig:
                 raise ValueError(f"augment: {name} must be a rising range within [{lowest}, {highest}], got {value}.")
         for name, highest in (("brightness", 1), ("hue", 0.5), ("audio_noise", math.inf)):
             value = getattr(self, name)
-            if not 0 <= value <= highest or math.isinf(value):
+            if value is not None and (not 0 <= value <= highest or math.isinf(value)):
                 raise ValueError(f"augment: {name} must be in [0, {highest}], got {value}.")
 
 
@@ -176,10 +179,11 @@ def augment_audio(wave: Tensor, config: AugmentConfig, generator: torch.Generato
     """
     if wave.ndim != 1 or not wave.is_floating_point():
         raise ValueError(f"augment_audio: wave must be float [L], got {wave.dtype} {list(wave.shape)}.")
-    if config.audio_noise == 0 or not len(wave):
+    strength = OFFICIAL_NOISE if config.audio_noise is None else config.audio_noise
+    if strength == 0 or not len(wave):
         return wave.clone()
     noise = torch.randn(len(wave), generator=generator, dtype=wave.dtype).to(wave.device)
-    return noise.mul_(wave.abs().max() * config.audio_noise).add_(wave)
+    return noise.mul_(wave.abs().max() * strength).add_(wave)
 
 
 def adjust_saturation(rgb: Tensor, factor: float) -> Tensor:

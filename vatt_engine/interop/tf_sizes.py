@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vatt_engine.models import EncoderConfig, VATTConfig, model_config
-from vatt_engine.models.config import AudioConfig, HeadConfig, TextConfig, TransformerConfig, VideoConfig
+from vatt_engine.models.config import (
+    AudioConfig,
+    HeadConfig,
+    TextConfig,
+    TransformerConfig,
+    VideoConfig,
+    spectrogram_frame,
+)
 from vatt_engine.models.registry import ModelConfig
 
 Shape = tuple[int, ...]
@@ -165,7 +172,9 @@ def _audio(sizes: _Sizes) -> AudioConfig:
     grid = tuple(_table(sizes, f"{scope}spectro_temporal_embeddings", axis) for axis in ("temporal", "spectoral"))
     known = replace(model_config("spt_base").audio, patch=tuple(patch), **more)
     # A table counts whole patches; the official 3.2 s and 80 bands have a remainder, which only their config tells.
-    num_samples = known.num_samples if known.grid[0] == grid[0] else grid[0] * patch[0] * 1024
+    num_samples = (
+        known.num_samples if known.grid[0] == grid[0] else grid[0] * patch[0] * spectrogram_frame(known.sample_rate)[1]
+    )
     num_mels = known.num_mels if known.grid[1] == grid[1] else grid[1] * patch[1]
     return replace(known, num_samples=num_samples, num_mels=num_mels)
 

@@ -15,6 +15,19 @@ KeepMode = Literal["batch", "sample"]
 # smaller than their positions. "dense" is that of a Linear layer: tokens of unit size, so short runs learn sooner.
 PatchInit = Literal["conv", "dense"]
 
+# Of the spectrogram (official vatt/configs: stft_length, stft_step, and make_spectrogram's edges).
+FRAME_SECONDS, STEP_SECONDS = 0.04267, 0.02134
+MEL_RANGE = (80.0, 7600.0)  # hertz
+
+
+def spectrogram_frame(sample_rate: int) -> tuple[int, int]:
+    """Samples of a spectrogram's frame, and from one frame to the next.
+
+    >>> spectrogram_frame(48_000), spectrogram_frame(16_000)
+    ((2048, 1024), (682, 341))
+    """
+    return int(FRAME_SECONDS * sample_rate), int(STEP_SECONDS * sample_rate)
+
 
 def _check(condition: bool, where: str, expectation: str, value: object) -> None:
     if not condition:
@@ -133,6 +146,9 @@ class AudioConfig:
 
     input: Literal["waveform", "spectrogram"] = "waveform"
     num_samples: int = 153_600  # 3.2 s at 48 kHz
+    # Samples per second. A spectrogram needs it to know the seconds of its steps and the hertz of its bands; patches
+    # of a waveform are so many samples at any rate.
+    sample_rate: int = 48_000
     patch: tuple[int, ...] = (128,)  # samples, or (spectrogram steps, mel bins)
     patch_init: PatchInit = "conv"
     num_mels: int = 80
@@ -152,14 +168,20 @@ class AudioConfig:
         _check_least(self, "audio", post_projection=0)
         _check(self.position.tables == "axis", "audio.position.tables", "be 'axis'", self.position.tables)
         _check(min(self.patch) >= 1, "audio.patch", "hold positive sizes", self.patch)
+        _check_least(self, "audio", sample_rate=1)
+        if self.input == "spectrogram":
+            lowest = math.ceil(2 * MEL_RANGE[1])
+            expectation = f"be at least {lowest} for a spectrogram, whose bands reach {MEL_RANGE[1]:.0f} Hz"
+            _check(self.sample_rate >= lowest, "audio.sample_rate", expectation, self.sample_rate)
         _check(min(self.grid) >= 1, "audio.patch", f"fit into {self.num_samples} samples", self.patch)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Tokens along time, and along frequency for a spectrogram (one step per 1024 samples)."""
+        """Tokens along time, and along frequency for a spectrogram."""
         if self.input == "waveform":
             return (self.num_samples // self.patch[0],)
-        return (math.ceil(self.num_samples / 1024) // self.patch[0], self.num_mels // self.patch[1])
+        num_steps = math.ceil(self.num_samples / spectrogram_frame(self.sample_rate)[1])
+        return (num_steps // self.patch[0], self.num_mels // self.patch[1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class SpectrogramPatch(nn.Module):
 
     def __init__(self, config: AudioConfig, dim: int) -> None:
         super().__init__()
-        self.patch, self.num_mels = config.patch, config.num_mels
+        self.patch, self.num_mels, self.sample_rate = config.patch, config.num_mels, config.sample_rate
         volume = config.patch[0] * config.patch[1]
         self.weight = nn.Parameter(torch.empty(dim, volume))
         self.bias = nn.Parameter(torch.zeros(dim))
@@ -75,7 +75,9 @@ class SpectrogramPatch(nn.Module):
 
     def prepare(self, audio: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The spectrogram [B, steps, mels] of a waveform [B, L] (or itself), and its token grid."""
-        spectrogram = mel_spectrogram(audio, num_mels=self.num_mels) if audio.ndim == 2 else audio
+        spectrogram = audio
+        if audio.ndim == 2:
+            spectrogram = mel_spectrogram(audio, num_mels=self.num_mels, sample_rate=self.sample_rate)
         if spectrogram.ndim != 3 or spectrogram.shape[2] != self.num_mels:
             raise ValueError(f"audio must be [B, L] or [B, steps, {self.num_mels}], got shape {tuple(audio.shape)}.")
         return spectrogram, tuple(size // step for size, step in zip(spectrogram.shape[1:], self.patch))

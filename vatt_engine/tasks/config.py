@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
 from vatt_engine.losses import LossConfig
 from vatt_engine.models import VATTConfig, model_config
+from vatt_engine.models.config import AudioConfig
 from vatt_engine.schema import ConfigError, PathText, from_dict, load_yaml, nearest
 
 
@@ -84,17 +86,41 @@ class PretrainConfig:
             ConfigError: with both values.
         """
         model, data = self.model, self.data
+        is_spectrogram = model.audio.input == "spectrogram" and data.num_samples > 0
         for name, given, key, wanted in (
             ("num_frames", data.num_frames, "video.num_frames", model.video.num_frames),
             ("frame_size", (data.frame_size, data.frame_size), "video.frame_size", model.video.frame_size),
             ("num_samples", data.num_samples or model.audio.num_samples, "audio.num_samples", model.audio.num_samples),
             ("max_words", data.max_words, "text.max_words", model.text.max_words),
+            # Patches of a waveform are so many samples at any rate; bands of a spectrogram are hertz.
+            *([("sample_rate", data.sample_rate, "audio.sample_rate", model.audio.sample_rate)] * is_spectrogram),
         ):
             if given != wanted:
                 raise ConfigError(
                     f"vatt pretrain: data.{name} must equal model.{key} {wanted}, got {given}. Set both to train on "
                     "clips of another size."
                 )
+
+
+def fitted_noise(data: DataConfig, audio: AudioConfig) -> DataConfig:
+    """The data of a run whose sound goes into this tower, with `augment.audio_noise` decided.
+
+    The official code adds noise of 1 % of the peak to every waveform that is trained on, and none in evaluation. A
+    waveform tower hardly notices. In a spectrogram, which is logarithmic and scaled to [0, 1] by its own extremes, the
+    noise is the floor of every quiet clip, so that clean clips of evaluation look like nothing that training has shown.
+    Therefore a spectrogram gets none unless the config asks for it.
+    """
+    if data.augment.audio_noise is not None or audio.input == "waveform":
+        return data
+    return dataclasses.replace(data, augment=dataclasses.replace(data.augment, audio_noise=0.0))
+
+
+def noise_notes(data: DataConfig, audio: AudioConfig) -> list[str]:
+    """What to tell of noise that a config asks for although the tower sees a spectrogram."""
+    if audio.input == "waveform" or not data.num_samples or not data.augment.audio_noise:
+        return []
+    unlike = "makes training's spectrograms unlike those of clean clips in evaluation"
+    return [f"note: data.augment.audio_noise {data.augment.audio_noise:g} {unlike}; 0 leaves it out"]
 
 
 def _official(name: str) -> PretrainConfig:

@@ -31,8 +31,10 @@ from vatt_engine.models import build_model, load_tower, save_pretrained
 from vatt_engine.models.heads import Classifier
 from vatt_engine.output import put, say
 from vatt_engine.schema import ConfigError
+from vatt_engine.tasks.config import noise_notes
 from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
 from vatt_engine.tasks.pretrain import command, draw_run, read_training_manifest, resume_run, supervised, train
+from vatt_engine.tasks.records import CleanBatch
 from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.run_folder import check_run, opened_run, write_start
 from vatt_engine.tasks.towers import load_run_config, read_tower
@@ -83,16 +85,19 @@ def _finetune(config: FinetuneConfig, asked: bool, stop: StopSignals) -> int:
     ranks = {"rank": rank(), "world": world_size()}
     loader = build_loader(samples, config.data, device=device, sizes=sizes, seed=seed, **ranks)
     engine = Engine(model, ClassLoss(config.loss), config.engine, config.optim, config.schedule, run_dir=run_dir)
+    clean = CleanBatch(config, samples, sizes, device=device)
 
     # ------------------------------------------------ training, in a folder of its own
     notes = [f"{config.model.name} {config.modality} on {device}: {len(samples)} clips, run folder {run_dir}"]
     notes.append(f"{config.model.num_classes} classes, the encoder from {config.init or 'scratch'}")
+    if config.modality == "audio":
+        notes += noise_notes(config.data, config.model.audio)
     prepare = functools.partial(_mixed, alpha=config.mixup, seed=seed) if config.mixup else None
     with opened_run(config, asked):
         if resume:
             resume_run(engine, loader, config)
         write_start(config)
-        stopped = train(config, engine, loader, stop, notes=notes, prepare=prepare)
+        stopped = train(config, engine, loader, stop, notes=notes, prepare=prepare, heldout=clean)
         weights = engine.strategy.export_state()["model"]  # of all ranks
         if rank() == 0:
             draw_run(run_dir)

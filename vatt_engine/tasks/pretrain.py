@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,9 +33,17 @@ from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import build_model, save_pretrained
 from vatt_engine.output import say
 from vatt_engine.schema import ConfigError, replace, to_dict
-from vatt_engine.tasks.config import RECIPES, PretrainConfig, RunConfig, config_of_run, load_config
+from vatt_engine.tasks.config import (
+    RECIPES,
+    PretrainConfig,
+    RunConfig,
+    config_of_run,
+    fitted_noise,
+    load_config,
+    noise_notes,
+)
 from vatt_engine.tasks.flags import parse_flags
-from vatt_engine.tasks.records import HeldOut, Window, awaited
+from vatt_engine.tasks.records import CleanBatch, HeldOut, Window, awaited
 from vatt_engine.tasks.run_folder import check_places, check_run, opened_run, write_start
 from vatt_engine.tasks.words import check_words, freeze_as_saved, load_vectors, load_vocabulary
 
@@ -152,6 +161,7 @@ def _pretrain(config: PretrainConfig, asked: bool, stop: StopSignals) -> int:
     run_dir, seed = Path(config.out), config.engine.seed
     device = config.engine.torch_device()
     config.check_shapes()
+    config = dataclasses.replace(config, data=fitted_noise(config.data, config.model.audio))
     resume = check_run(config, asked)
 
     # ------------------------------------------------ words, data, model, loss: all that may refuse to train
@@ -180,6 +190,7 @@ def _pretrain(config: PretrainConfig, asked: bool, stop: StopSignals) -> int:
             heldout.loader.report_to(faults_file(run_dir, "heldout.quarantine"))
         model_on = f"{config.model.name} on {device} in {engine.precision}"
         notes = [f"{model_on}: {len(samples)} clips, {vocabulary.size} words, run folder {run_dir}"]
+        notes += noise_notes(config.data, config.model.audio)
         if config.text.vectors is not None:
             notes.append(f"{config.text.vectors}: vectors of {num_vectors} words; the others keep their random ones")
         stopped = train(config, engine, loader, stop, notes=notes, heldout=heldout)
@@ -202,7 +213,7 @@ def train(
     *,
     notes: Sequence[str],
     prepare: Callable[[Batch, int], Batch] | None = None,
-    heldout: HeldOut | None = None,
+    heldout: HeldOut | CleanBatch | None = None,
 ) -> bool:
     """The steps of a run in its folder, which `opened_run` has opened; whether it stopped before the last of them.
 
@@ -261,7 +272,7 @@ def _loop(
     log: RunLog | NoLog,
     stop: StopSignals,
     prepare: Callable[[Batch, int], Batch] | None,
-    heldout: HeldOut | None,
+    heldout: HeldOut | CleanBatch | None,
 ) -> None:
     """Steps until the last one or a signal, with a record and a checkpoint every so often and at the end."""
     every, batches, guard = config.engine, iter(loader), SpikeGuard(config.engine.spike_factor)

@@ -1,4 +1,4 @@
-"""What metrics.jsonl tells of a run: means over the steps since the last record, and the loss of held-out clips."""
+"""What metrics.jsonl tells of a run: means over the steps since the last record, and how it does on other clips."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vatt_engine.collectives import all_reduce_sum, rank, world_size
 from vatt_engine.data.augment import AugmentConfig
 from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import Loader
+from vatt_engine.data.manifest import Sample
 from vatt_engine.data.shards import read_samples
 from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.engine import Engine, StepOutput
@@ -22,6 +23,7 @@ from vatt_engine.engine.monitors import memory
 from vatt_engine.engine.ranks import largest_of_ranks
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.config import PretrainConfig
+from vatt_engine.tasks.finetune_config import FinetuneConfig
 
 PLAIN = AugmentConfig(crop="none", scale_jitter=0.0, flip=0.0, color_jitter=0.0, audio_noise=0.0)
 
@@ -79,6 +81,57 @@ class HeldOut:
         means = all_reduce_sum(sums) / (world_size() * len(self.loader))
         values = {f"heldout_{name}": value for name, value in zip(terms, means.tolist())}
         return values | {"heldout_quarantined": len(self.loader.quarantine)}
+
+
+class CleanBatch:
+    """One batch of training clips as evaluation sees them: whether a classifier knows them without augmentation too.
+
+    Every so many steps its terms are recorded as `clean_<term>`, `clean_accuracy` among them, beside those of the
+    batches that are trained on. Where the two drift apart, evaluation sees another world than training, and nothing
+    that is learned there will count in the test.
+
+    Args:
+        config: of the run.
+        samples, sizes: what it trains on, see `build_loader`.
+        device: of the run.
+
+    >>> CleanBatch(config, samples, sizes, device=torch.device("cpu")).due(0)  # doctest: +SKIP
+    True
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, samples: Sequence[Sample], sizes: Sequence[int], *, device: torch.device
+    ):
+        size = min(config.data.batch_size, len(samples) // world_size() * world_size())
+        # Decoded once: a cache would hold more than this batch.
+        data = replace(config.data, augment=PLAIN, max_bad_fraction=1.0, num_workers=0, cache="none")
+        options = {"seed": config.engine.seed, "rank": rank(), "world": world_size()}
+        self.loader = build_loader(samples, data, sizes=sizes, device=device, batch_size=size, **options)
+        self.every, self.steps = config.engine.log_every, config.engine.steps
+        self.batch: Batch | None = None
+        self.done: int | None = None  # the step that was evaluated last
+
+    def due(self, step: int) -> bool:
+        return step != self.done and (step % self.every == 0 or step == self.steps)
+
+    def record(self, engine: Engine, log: RunLog | NoLog, stop: StopSignals) -> None:
+        """Evaluate if it is due, unless a signal cuts the reading short: means over the ranks."""
+        if not self.due(engine.finished) or not self._read(engine, stop):
+            return
+        self.done = engine.finished
+        terms = engine.evaluate(self.batch)
+        means = all_reduce_sum(torch.stack([value.float() for value in terms.values()])) / world_size()
+        log.evaluation(engine.finished, {f"clean_{name}": value for name, value in zip(terms, means.tolist())})
+
+    def _read(self, engine: Engine, stop: StopSignals) -> bool:
+        if self.batch is None:
+            with self.loader:
+                batch = awaited(iter(self.loader), stop)
+            if ending := largest_of_ranks(stop.received or 0, engine.device):
+                stop.received = ending  # on every rank
+                return False
+            self.batch = batch
+        return True
 
 
 def awaited(batches: Iterator[Batch], stop: StopSignals) -> Batch | None:

@@ -15,6 +15,7 @@ from vatt_engine.schema import ConfigError, nearest
 VERBS = {  # verb -> (module with `main(argv) -> exit code`, what it does)
     "pretrain": ("vatt_engine.tasks.pretrain", "train a model on video, audio and text"),
     "finetune": ("vatt_engine.tasks.finetune", "train a classifier of actions, sounds or images on a trained tower"),
+    "evaluate": ("vatt_engine.tasks.evaluate", "a classifier on labelled clips, over several views of each"),
     "probe": ("vatt_engine.tasks.probe", "linear classifiers on the frozen features of a trained run"),
     "retrieve": ("vatt_engine.tasks.retrieve", "zero-shot retrieval with a trained run, against chance"),
     "visualize": ("vatt_engine.tasks.visualize", "the paper's figures of trained runs, and the numbers behind them"),

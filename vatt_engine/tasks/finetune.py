@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +70,8 @@ def _finetune(config: FinetuneConfig, asked: bool, stop: StopSignals) -> int:
     samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
     tests = read_samples(config.test) if config.test else []
     for sample in (*samples, *tests):
-        _check_label(sample, config)
+        if not config.data.num_classes:  # several classes are the loader's to check
+            check_label(sample, config.model.num_classes, several=False)
     tower = None
     if resume:
         config = dataclasses.replace(config, model=load_run_config(run_dir).model)
@@ -127,7 +127,7 @@ def _evaluated(
     result = {"step": engine.finished, "data": config.test, **result}
     put(sys.stdout, table([result["metrics"]]) + "\n")
     results = Results(config.out, "vatt finetune")
-    results.save_text("evaluation.json", json.dumps(result, indent=1) + "\n")
+    results.save_json("evaluation.json", result)
     return results.code
 
 
@@ -136,10 +136,17 @@ def _test_data(config: FinetuneConfig) -> DataConfig:
     return dataclasses.replace(config.data, train=config.test, weights=(), **views)
 
 
-def _check_label(sample: Sample, config: FinetuneConfig) -> None:
-    """One class of the model's; several ones are the loader's to check."""
-    classes = config.model.num_classes
-    if not config.data.num_classes and not (type(sample.label) is int and 0 <= sample.label < classes):
+def check_label(sample: Sample, classes: int, *, several: bool) -> None:
+    """Refuse a label that is no class of a model, or where samples have several, no list of them.
+
+    Raises:
+        ConfigError: with the sample and its label.
+    """
+    label = sample.label
+    if several and not (isinstance(label, tuple) and all(0 <= one < classes for one in label)):
+        expectation = f"be a list of class numbers in 0..{classes - 1}, as of other samples"
+        raise ConfigError(f"{sample.path}: label must {expectation}, got {label!r}.")
+    if not several and not (type(label) is int and 0 <= label < classes):
         expectation = f"be a class number in 0..{classes - 1} (model.num_classes {classes})"
         hint = " Samples of several classes need data.num_classes." if isinstance(sample.label, tuple) else ""
         raise ConfigError(f"{sample.path}: label must {expectation}, got {sample.label!r}.{hint}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vatt_engine.output import say, write_text
 from vatt_engine.schema import ConfigError
@@ -53,10 +56,27 @@ class Results:
         """Have a text written to a file of the folder, as `save`."""
         return self.save(name, lambda path: write_text(path, text))
 
+    def save_json(self, name: str, value: Any) -> Path | None:
+        """Have a value written to a file of the folder as JSON, as `save`."""
+        return self.save_text(name, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+
     @property
     def code(self) -> int:
         """The exit code of the verb: 2 where a result could not be written."""
         return 2 if self.faults else 0
+
+
+def strict(value: Any) -> Any:
+    """A value as JSON can hold it, which has no NaN and no infinity: null stands for both.
+
+    >>> strict({"mAP": math.nan, "steps": [1, 2.5]})
+    {'mAP': None, 'steps': [1, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(folder: str | Path, verb: str, hint: str = "Name another one with --out.") -> None:

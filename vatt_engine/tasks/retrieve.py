@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +41,9 @@ class RetrieveConfig:
         run: run folder of `vatt pretrain`, or a folder that holds a model and its tokenizer.json.
         data: manifest or shards of clips the run has not seen.
         out: folder for the results; by default the run's.
-        num_windows: windows per clip, whose embeddings are averaged before they are normalised (official: 4).
+        num_windows: windows per clip (official: 4).
+        average: what is averaged over the windows of a clip: "embeddings", which are normalised afterwards (official,
+            and the paper's numbers), or "similarities", the official code's other variant.
         fps: of the clips; None: as the run was trained (official: 12.5).
         batch_size: windows embedded at once.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -52,6 +53,7 @@ class RetrieveConfig:
     data: PathText
     out: PathText | None = None
     num_windows: int = 4
+    average: Literal["embeddings", "similarities"] = "embeddings"
     fps: float | None = None
     batch_size: int = 32
     device: str = "auto"
@@ -80,7 +82,7 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     """Embed every clip of a manifest and rank each modality's clips for another's queries.
 
     Returns:
-        {"run", "step", "data", "num_windows", "tasks": {"text -> video": {"R@1", ..., "MedR", "chance R@10",
+        {"run", "step", "data", "num_windows", "average", "tasks": {"text -> video": {"R@1", ..., "MedR", "chance R@10",
         "queries", "candidates"}}, "skipped": [quarantine entries], "noted": [those of clips that were used], "path":
         where it is written, "unwritten": [files that could not be]}; a task is there if the run was trained for it.
 
@@ -95,7 +97,7 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     samples = read_samples(config.data)
     data = dataclasses.replace(run.data, num_windows=config.num_windows, fps=config.fps or run.data.fps)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
-        found = embed_clips(model, loader, samples)
+        found = embed_clips(model, loader, samples, average=config.average)
         faults = {
             kind: [entry for entry in loader.quarantine.entries if entry["skipped"] is skipped]
             for kind, skipped in (("skipped", True), ("noted", False))
@@ -131,8 +133,8 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     if not tasks:
         raise ConfigError(f"{config.data}: the manifest must have a clip with sound or a caption, got none to compare.")
     result = {"run": config.run, "step": step, "data": config.data, "num_windows": config.num_windows}
-    result |= {"tasks": tasks, **faults}
-    path = results.save_text("retrieval.json", json.dumps(result, indent=1) + "\n")
+    result |= {"average": config.average, "tasks": tasks, **faults}
+    path = results.save_json("retrieval.json", result)
     return result | {"path": None if path is None else str(path), "unwritten": results.faults}
 
 
@@ -184,14 +186,19 @@ def _of_model(folder: Path) -> tuple[PretrainConfig, VATT]:
     return PretrainConfig(model=model.config, data=DataConfig(max_words=text.max_words, **sizes)), model
 
 
-def embed_clips(model: VATT, loader: Loader, samples: Sequence[Sample]) -> dict[str, dict[int, Tensor]]:
-    """Unit embeddings of the clips that could be decoded, by sample id; the mean over a clip's windows, normalised.
+def embed_clips(
+    model: VATT, loader: Loader, samples: Sequence[Sample], *, average: str = "embeddings"
+) -> dict[str, dict[int, Tensor]]:
+    """Embeddings of the clips that could be decoded, by sample id, whose products are the similarities of clips.
+
+    They are the mean over a clip's windows, normalised; or, to average similarities, the mean of the normalised ones: a
+    product with that mean is the mean of the products, since nothing is done to it afterwards.
 
     Returns:
         "video_text" and "video_audio": the videos in both spaces; "audio": the sounds of clips that have any.
     """
     device = next(model.parameters()).device
-    sums: dict[str, dict[int, Tensor]] = {"video_text": {}, "video_audio": {}, "audio": {}}
+    windows: dict[str, dict[int, list[Tensor]]] = {"video_text": {}, "video_audio": {}, "audio": {}}
     for batch in loader:
         outputs = model(batch.to(device))
         for index, sample_id in enumerate(batch.sample_id.tolist()):
@@ -200,10 +207,15 @@ def embed_clips(model: VATT, loader: Loader, samples: Sequence[Sample]) -> dict[
                 rows["audio"] = outputs.audio_video
             for name, values in rows.items():
                 if values is not None:
-                    row = values[index].float().cpu()
-                    sums[name][sample_id] = sums[name][sample_id] + row if sample_id in sums[name] else row
+                    windows[name].setdefault(sample_id, []).append(values[index].float().cpu())
+
+    def one(rows: list[Tensor]) -> Tensor:
+        if average == "similarities":
+            return F.normalize(torch.stack(rows), dim=1).mean(0)
+        return F.normalize(torch.stack(rows).sum(0), dim=0)
+
     order = [sample.id for sample in samples]
-    return {name: {i: F.normalize(rows[i], dim=0) for i in order if i in rows} for name, rows in sums.items()}
+    return {name: {i: one(rows[i]) for i in order if i in rows} for name, rows in windows.items()}
 
 
 def embed_captions(

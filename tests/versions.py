@@ -77,22 +77,21 @@ class Environment:
     Args:
         python: its interpreter.
         folder: where it is made, and where commands run.
-        constraints: a file of versions to hold to; by default those that pip is configured to hold to, or none.
+        pins: versions to hold to; none: whatever is newest.
     """
 
-    def __init__(self, python: str, folder: Path, constraints: Path | None):
+    def __init__(self, python: str, folder: Path, pins: dict[str, str]):
         self.folder, self.bin = folder, folder / "venv" / "bin"
         self.variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.variables |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.variables.setdefault("VATT_CUDA", "OFF")  # nvcc, where it is there, would take minutes in each of them
         if "PIP_CERT" in os.environ:
             self.variables.setdefault("SSL_CERT_FILE", os.environ["PIP_CERT"])  # uv's name for it
+        self.constraints = folder / "constraints.txt"
+        self.constraints.write_text("".join(f"{package}=={version}\n" for package, version in pins.items()))
+        # Unlike `-c` this also holds for the isolated build; and it replaces what pip may be configured to hold to.
+        self.variables["PIP_CONSTRAINT"] = str(self.constraints)
         subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
-        if constraints is None:
-            configured = self.run(self.bin / "python", "-m", "pip", "config", "get", "global.constraint")
-            constraints = Path(configured.stdout.strip()) if configured.returncode == 0 else None
-        else:
-            self.variables["PIP_CONSTRAINT"] = str(constraints)  # unlike `-c` it also holds for the isolated build
-        self.constraints = constraints
 
     def run(self, *command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -110,7 +109,7 @@ class Environment:
         if uv := shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"):
             command = [uv, "pip", "install", "-q", "--python", self.bin / "python", "-r", source / "pyproject.toml"]
             command += [word for extra in extras for word in ("--extra", extra)] + list(others)
-            self._succeed(*command, *(["--constraint", self.constraints] if self.constraints else []))
+            self._succeed(*command, "--constraint", self.constraints)
         package = f"{source}[{','.join(extras)}]" if extras else source
         self._succeed(self.bin / "python", "-m", "pip", "install", "-q", "--no-compile", package, *others)
 
@@ -203,13 +202,10 @@ def examine(python: str, which: str, only: Sequence[str]) -> Outcome:
     outcome, begin = Outcome(version, which), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
         folder = Path(name)
-        source, constraints = copy_tree(folder / "source"), None
-        if which == "oldest":
-            constraints = folder / "oldest.txt"
-            bounds = lower_bounds(".".join(version.split(".")[:2]))
-            constraints.write_text("".join(f"{package}=={bound}\n" for package, bound in bounds.items()))
+        source = copy_tree(folder / "source")
+        pins = lower_bounds(".".join(version.split(".")[:2])) if which == "oldest" else {}
         try:
-            environment = Environment(python, folder, constraints)
+            environment = Environment(python, folder, pins)
             environment.install(source)
             if "job" in only:
                 do_job(environment, outcome)

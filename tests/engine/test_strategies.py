@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +17,12 @@ from ranks import run_ranks
 
 from vatt_engine.batch import Batch
 from vatt_engine.collectives import rank, world_size
-from vatt_engine.engine import strategies
+from vatt_engine.engine import strategies, strategies_zero
 from vatt_engine.engine.checkpoint import load_latest
 from vatt_engine.engine.engine import ZERO_FROM, Engine, EngineConfig
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.schedule import ScheduleConfig
+from vatt_engine.engine.strategies_zero import DEEPSPEED, PRIVATE, PRIVATE_OFFLOADED, check_private
 from vatt_engine.losses import LossConfig, VATTLoss
 from vatt_engine.models import create_model
 from vatt_engine.testing import Sum, sum_budget, transformer_terms
@@ -310,6 +314,24 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Engine(tower, len, EngineConfig(**options, **changed), OptimConfig(), ScheduleConfig())
+
+
+def test_what_is_used_of_deepspeeds_inside_is_listed_and_exists():
+    """Its optimizer's own names, which a release may change; what else is used of DeepSpeed is documented."""
+    used = set(re.findall(r"self\.sharded\.(\w+)", Path(strategies_zero.__file__).read_text()))
+    listed = {name for table in (PRIVATE, PRIVATE_OFFLOADED) for names in table.values() for name in names}
+    assert used == listed
+    for stage, offload in ((1, False), (2, True), (3, True)):
+        optimizer = build(f"zero{stage}", offload=offload).strategy.sharded
+        wanted = PRIVATE[stage] + (PRIVATE_OFFLOADED[stage] if offload else ())
+        assert [name for name in wanted if not hasattr(optimizer, name)] == []
+    message = (
+        r"DeepSpeed must be >=.* for ZeRO 3, got 1\.2\.3, whose optimizer has no fp32_part.*, grad_part.*\. Run `pip"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_private(SimpleNamespace(_global_grad_norm=0.0), 3, False, "1.2.3")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["deepspeed"] == [f"deepspeed{DEEPSPEED}"]
 
 
 def test_auto_is_zero_for_the_large_models_alone():

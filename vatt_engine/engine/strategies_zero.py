@@ -3,6 +3,9 @@
 DeepSpeed moves and reduces; the update stays ours: its "client optimizer" is KerasAdam or KerasSGD over the flat part
 of each rank, and the clipping that of `optim`. It skips steps whose gradient norm is not finite in float32, which is
 what parameters are here: `precision="bf16"` is torch's autocast around them.
+
+A few things that an update of our own needs have no public name in DeepSpeed. `PRIVATE` lists them all, and a DeepSpeed
+that lacks one of them is refused before the first step.
 """
 
 from __future__ import annotations
@@ -21,6 +24,16 @@ from vatt_engine.collectives import rank, world_size
 from vatt_engine.engine.optim import OptimConfig
 from vatt_engine.engine.strategies import Single, Trained
 
+DEEPSPEED = ">=0.19.8,<0.19.9"  # what this was run with; pyproject.toml says the same
+# Attributes of DeepSpeed's own optimizer, beside its documented functions, by ZeRO stage: the norm of all gradients,
+# which is known when the update begins; gradients that were summed on the host; the flat parts of stage 3 that the
+# update changes, and the sums of their gradients.
+PRIVATE = {
+    1: ("_global_grad_norm",),
+    2: ("_global_grad_norm",),
+    3: ("_global_grad_norm", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer"),
+}
+PRIVATE_OFFLOADED = {1: (), 2: ("accumulated_grads_in_cpu",), 3: ()}  # with the state on the host
 BUCKET_ELEMENTS = 50_000_000  # of gradients that travel together; DeepSpeed's 500 million take 2 GB of a GPU
 
 
@@ -66,31 +79,32 @@ class Zero(Single):
         offload: keep the optimizer state, and compute the update, on the host.
 
     Raises:
-        ValueError: deepspeed is not installed.
+        ValueError: deepspeed is not installed, or is of a version that this does not know.
     """
 
     def __init__(self, trained: Trained, optim: OptimConfig, *, stage: int, offload: bool):
         device = next(trained.parameters()).device
         deepspeed = _deepspeed(device)
         super().__init__(trained, optim, on_cpu=offload or None)
-        self.stage, self.zero3 = stage, deepspeed.zero
+        self.stage, self.offload, self.zero3 = stage, offload, deepspeed.zero
         self.shapes = {id(p): p.shape for p in trained.parameters()}
         config = deepspeed_config(stage, offload=offload, num_elements=sum(p.numel() for p in self.parameters.values()))
         for buffer in trained.buffers():
             dist.broadcast(buffer, 0)  # DeepSpeed does so with the parameters
         if isinstance(trained.loss, nn.Module):  # before DeepSpeed's hooks, the first of which takes parameters away
             trained.loss.register_forward_hook(self._keep_changes)
-        self.deepspeed, *_ = deepspeed.initialize(
+        whole_groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        self.deepspeed, self.sharded, *_ = deepspeed.initialize(
             model=trained, optimizer=self.optimizer, config=config, dist_init_required=False
         )
-        self.sharded = self.deepspeed.optimizer
-        self.flat = (
-            self.sharded.fp32_partitioned_groups_flat if stage == 3 else self.sharded.single_partition_of_fp32_groups
-        )
+        check_private(self.sharded, stage, offload, deepspeed.__version__)
+        own_groups = [group["params"] for group in self.optimizer.param_groups]  # stages 1 and 2: one flat part in each
+        self.flat = self.sharded.fp32_partitioned_groups_flat if stage == 3 else [part for [part] in own_groups]
         for part in self.flat:
             self.optimizer.state[part] = self.optimizer.first_state(part)
         if stage < 3:
-            self.sharded._lazy_init_hp_params_optimizer_state()  # links the parameters to what was just made
+            for parameters, part in zip(whole_groups, self.flat):  # to which state of a part each parameter belongs
+                deepspeed.utils.lazy_init_hp_params_optimizer_state(parameters, part, self.optimizer.state)
         if self.clip_norm:
             self.optimizer.register_step_pre_hook(self._clip)
 
@@ -99,8 +113,11 @@ class Zero(Single):
             group["lr"] = lr
         # What the first backward pass does not reach would keep the gradients of the step before, or add to them.
         stale = [part.grad for part in self.flat if part.grad is not None]
-        on_host = getattr(self.sharded, "accumulated_grads_in_cpu", {})
-        for sums in [*stale, *([self.sharded.grad_partitions_flat_buffer] if self.stage == 3 else on_host.values())]:
+        if self.stage == 3:
+            stale.append(self.sharded.grad_partitions_flat_buffer)
+        elif self.offload:
+            stale += self.sharded.accumulated_grads_in_cpu.values()
+        for sums in stale:
             sums.zero_()
 
     def run(self, part: str, *args: Any) -> Any:
@@ -111,7 +128,7 @@ class Zero(Single):
 
     def update(self) -> tuple[Tensor, bool]:
         self.deepspeed.step()
-        return torch.as_tensor(self.deepspeed.get_global_grad_norm()), not self.sharded.overflow
+        return torch.as_tensor(self.deepspeed.get_global_grad_norm()), self.deepspeed.was_step_applied()
 
     def _keep_changes(self, module: nn.Module, *_: Any) -> None:
         """Take over what its forward pass did to parameters in place, as the loss does to bound its temperature.
@@ -133,7 +150,7 @@ class Zero(Single):
 
     def _whole(self, tensor: Tensor, *, changed: bool = False) -> Any:
         """While entered, a parameter that is in parts (stage 3) is whole; rank 0's changes to it reach all ranks."""
-        parts = [tensor] if hasattr(tensor, "ds_id") else []
+        parts = [tensor] if self.stage == 3 and isinstance(tensor, nn.Parameter) else []
         return self.zero3.GatheredParameters(parts, modifier_rank=0 if changed else None, enabled=bool(parts))
 
     def _shape(self, tensor: Tensor) -> torch.Size:
@@ -179,7 +196,7 @@ class Zero(Single):
         from deepspeed import utils
 
         if self.stage == 3:  # the functions for whole tensors cannot cut one that does not divide by the ranks
-            part = parameter.ds_tensor.numel()
+            part = utils.safe_get_local_fp32_param(parameter).numel()
             flat = nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
             own = flat[rank() * part : (rank() + 1) * part]
             if key is None:
@@ -190,6 +207,24 @@ class Zero(Single):
             utils.safe_set_full_fp32_param(parameter, value)
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def check_private(optimizer: Any, stage: int, offload: bool, version: str) -> None:
+    """Refuse a DeepSpeed whose optimizer lacks a name of `PRIVATE`.
+
+    Args:
+        optimizer: the second thing that `deepspeed.initialize` returns.
+        stage, offload: see Zero.
+        version: of DeepSpeed.
+
+    Raises:
+        ValueError: names what is missing, and the versions that have it.
+    """
+    wanted = PRIVATE[stage] + (PRIVATE_OFFLOADED[stage] if offload else ())
+    missing = [name for name in wanted if not hasattr(optimizer, name)]
+    if missing:
+        text = f"engine: DeepSpeed must be {DEEPSPEED} for ZeRO {stage}, got {version}, whose optimizer has no"
+        raise ValueError(f"{text} {', '.join(missing)}. Run `pip install 'deepspeed{DEEPSPEED}'`.")
 
 
 def _deepspeed(device: torch.device) -> Any:
@@ -205,7 +240,8 @@ def _deepspeed(device: torch.device) -> Any:
         ) from error
     warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # of calls it makes
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of what is chosen here
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first use, for inference alone
+    # An op for inference alone, which would be compiled at first use. Where this is renamed it costs half a minute.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

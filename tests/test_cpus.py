@@ -48,7 +48,12 @@ CG1 = "sys/fs/cgroup/cpu,cpuacct"
         # a container sees its own group as the top
         (["0::/"], [V2.format(top="/")], {f"{CG2}/cpu.max": "200000 100000"}, 2.0),
         (["0::/docker/abc"], [V2.format(top="/docker/abc")], {f"{CG2}/cpu.max": "300000 100000"}, 3.0),
-        (["0::/../other"], [V2.format(top="/docker/abc")], {f"{CG2}/cpu.max": "300000 100000"}, 3.0),
+        (
+            ["0::/../other"],
+            [V2.format(top="/docker/abc")],
+            {f"{CG2}/cpu.max": "300000 100000", f"{CG2}/../other/cpu.max": "100000 100000"},  # not of this group
+            3.0,
+        ),
         (
             ["4:cpu,cpuacct:/job", "3:cpuset:/elsewhere", "0::/job"],
             [V1.format(top="/")],

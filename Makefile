@@ -24,12 +24,15 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # Build requirements first, so that the build needs no isolation (and no second download) and is pinned like the rest.
-# CMake keeps its objects under build/: after a change in csrc only that is compiled. Of open_clip, a rival in the
-# benchmarks, one file of losses is read; what else it would bring (torchvision) is not for every torch.
+# The native module is compiled while pip, which keeps one processor busy, fetches and unpacks the packages. CMake keeps
+# its objects under build/: after a change in csrc only that is compiled. Of open_clip, a rival in the benchmarks, one
+# file of losses is read; what else it would bring (torchvision) is not for every torch.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) | $(PY)
-	$(PIP) install -q -c constraints.txt setuptools pybind11 cmake ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(PIP) install -q -c constraints.txt --no-deps open_clip_torch
+	$(PIP) install -q -c constraints.txt --no-deps setuptools pybind11 cmake ninja open_clip_torch
+	@mkdir -p build
+	$(PY) setup.py build_ext --inplace > build/native.log 2>&1 & native=$$!; \
+	VATT_NATIVE=OFF $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'; packages=$$?; \
+	wait $$native || { cat build/native.log; exit 1; }; exit $$packages
 	@$(PY) -c 'from vatt_engine import _C; print("native module:", f"CUDA {_C.cuda_archs}" if _C.has_cuda else "CPU only")'
 	@touch $@
 
@@ -55,9 +58,11 @@ ablation: setup
 		SOUNDS/audio=$(ABLATION)/world/labelled.jsonl,$(ABLATION)/test/train.jsonl \
 		--retrievals CAPTIONS=$(ABLATION)/world/heldout.jsonl
 
-# A process per CPU, each with the tests of whole files and one thread.
+# A process per CPU, each with the tests of whole files, in the order of conftest.py, and one thread. A hundred of the
+# processes that tests start import the package: they find its bytecode, whatever the shell says.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(if $(FAST),-m "not slow and not soak") tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow and not soak") tests
 
 # The tests of numbers as other processors add them up: PyTorch, oneDNN, MKL or OpenBLAS, the C library and our native
 # code are told to leave out AVX-512, or AVX too; each with one thread and with two. Tests of compiled code run as native

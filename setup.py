@@ -1,7 +1,8 @@
 """Builds the native module vatt_engine._C with CMake; everything else about the package stands in pyproject.toml.
 
 torch is not needed here, so build isolation works. VATT_CUDA=OFF builds without CUDA even where nvcc is found, and
-CUDAARCHS="80;90a" (CMake's own variable) chooses other architectures.
+CUDAARCHS="80;90a" (CMake's own variable) chooses other architectures. VATT_NATIVE=OFF installs the package without the
+module, where `python setup.py build_ext --inplace` makes it; the Makefile has both done at the same time.
 """
 
 import os
@@ -47,6 +48,6 @@ setup(
     # `kernels` would shadow another project's. It is listed by hand because find_packages looks for __init__.py.
     packages=[*find_packages(include=["vatt_engine", "vatt_engine.*"]), "vatt_engine.kernels"],
     package_data={"vatt_engine.kernels": ["*.md", "*.json"]},
-    ext_modules=[Extension("vatt_engine._C", sources=[])],
+    ext_modules=[] if os.environ.get("VATT_NATIVE") == "OFF" else [Extension("vatt_engine._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

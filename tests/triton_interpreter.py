@@ -57,6 +57,7 @@ def running() -> Iterator[None]:
                 if isinstance(member, JITFunction):
                     patch.setattr(module, name, interpreter.InterpretedFunction(member.fn))
         _mend(patch)
+        _change_once(patch)
         _watch(patch)
         try:
             yield
@@ -97,6 +98,24 @@ def _mend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     patch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+def _change_once(patch: pytest.MonkeyPatch) -> None:
+    """A launch changes triton.language once; the interpreter would do it again whenever a kernel calls a function."""
+    change, changed = interpreter._patch_lang, []
+
+    def patch_lang(fn):
+        wanted = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+        if wanted and all(lang in changed for lang in wanted):
+            return interpreter._LangPatchScope()  # nothing to take back
+        scope = change(fn)
+        if not changed:  # the launch itself, which takes back its changes at its end
+            take_back = scope.restore
+            scope.restore = lambda: (changed.clear(), take_back())
+        changed.extend(wanted)
+        return scope
+
+    patch.setattr(interpreter, "_patch_lang", patch_lang)
 
 
 def _watch(patch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,21 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
-from sklearn import metrics as sklearn_metrics
-from torchmetrics.functional import classification, retrieval
 
 from vatt_engine.analysis.metrics import average_precision, d_prime, multi_label_metrics, roc_auc, top_k_accuracy
 from vatt_engine.analysis.similarity import retrieval_metrics
 from vatt_engine.testing import Sum, randn, sum_budget
 
 SINGLE = 4 * torch.finfo(torch.float32).eps  # scores are float32, and a few roundings of what is at most 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _peers():
+    """Imported where these tests run: they take seconds, which every process that collects the tests would spend."""
+    global classification, norm, retrieval, sklearn_metrics
+    from scipy.stats import norm
+    from sklearn import metrics as sklearn_metrics
+    from torchmetrics.functional import classification, retrieval
 
 
 def scored(num_samples, num_classes, *, levels=None, scale=1.0, seed=0):

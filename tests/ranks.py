@@ -33,6 +33,7 @@ def run_ranks(target: str, world_size: int, folder: Path) -> list[Any]:
 
 
 def main(target: str, world_size: str, folder: str) -> int:
+    importlib.import_module("torch._dynamo")  # which an optimizer's first step imports: here once for all ranks
     module, _, function = target.partition(":")
     call = getattr(importlib.import_module(module), function)
     children = []

@@ -61,6 +61,7 @@ def run_command(words, folder):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_snippets_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -102,6 +102,7 @@ def reasons(loader):
     return {entry["path"].rpartition("/")[2]: entry["reason"] for entry in loader.quarantine.entries}
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(good):
     assert_same(take(Loader(good, TWO, WORDS, seed=3), 5), take(Loader(good, SMALL, WORDS, seed=3), 5))
     silent = replace(TWO, num_samples=0, num_windows=3, num_crops=2)
@@ -159,6 +160,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(tmp_path, monkeypatch):
     assert (len(loader.quarantine), loader.quarantine.num_noted) == (0, len(died))
 
 
+@pytest.mark.slow
 def test_killing_processes_from_outside_loses_nothing(good):
     """SIGKILL to a worker, to all, or to the process that starts them, before every batch."""
     truth = take(Loader(good, SMALL, WORDS, seed=6), 12)

@@ -191,6 +191,7 @@ for attempt in range(attempts):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("attempts", [10, pytest.param(200, marks=pytest.mark.soak)])
 def test_a_kill_at_any_moment_loses_nothing(tmp_path, attempts, size):

@@ -66,6 +66,7 @@ def run(folder: Path, size: int, victim: int, how: str) -> tuple[list[int], floa
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "victim", "how"), [(4, 2, "kill"), (3, 1, "hang"), (2, 0, "stop"), (2, 0, "saving")])
 def test_a_dead_rank_is_named_within_30_seconds(tmp_path, size, victim, how):
     codes, seconds, texts = run(tmp_path, size, victim, how)

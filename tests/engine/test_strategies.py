@@ -206,7 +206,7 @@ def reference(tmp_path_factory) -> tuple[Path, dict]:
     return folder, wanted
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def ranks(request, reference) -> list[dict]:
     folder = reference[0] / f"{request.param}-ranks"
     folder.mkdir()

@@ -162,6 +162,7 @@ print(json.dumps([attempt, texts]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_out_of_memory_halves_the_parts_and_keeps_the_batch(tmp_path, size):
     here = Path(__file__).parents[1]

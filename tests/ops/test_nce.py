@@ -273,6 +273,7 @@ def test_compiles(form, learnable):
             assert_same_sums(*values, similarity_sum(8, 0.07, 1 / 0.07))  # times the other side or s, over t
 
 
+@pytest.mark.slow
 def test_compiles_to_code():
     video, audio = randn(8, 16, seed=1).requires_grad_(), randn(8, 16, seed=2)
     loss = torch.compile(nce, fullgraph=True)(video, audio, 0.07)

@@ -55,6 +55,7 @@ def options(folder: Path, out: str, **changes) -> AblateConfig:
     return AblateConfig(**sets | changes)
 
 
+@pytest.mark.slow
 def test_cells_table_and_what_is_missing(folder, here):
     config = options(folder, "equal", equal_time=False)
     rows = ablate(config)["rows"]
@@ -93,6 +94,7 @@ def test_cells_table_and_what_is_missing(folder, here):
         ablate(dataclasses.replace(config, config=str(folder / "other.yaml")))
 
 
+@pytest.mark.slow
 def test_seeds_frame_sizes_and_baselines(folder, here):
     world, out = folder / "world", folder / "seeds"
     sets = {"probes": tuple(f"{name}={world}/train.jsonl,{world}/heldout.jsonl" for name in ("MOTION", "BEAT/audio"))}
@@ -144,6 +146,7 @@ def test_seeds_frame_sizes_and_baselines(folder, here):
     assert here[10:] == [("BEAT-lr0.001", 2)]
 
 
+@pytest.mark.slow
 def test_equal_time_gives_the_faster_more_steps(folder, here, monkeypatch):
     costs = task._costs
 

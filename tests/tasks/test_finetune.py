@@ -282,6 +282,7 @@ def test_refuses_mixed_pictures_and_another_folder(config):
     assert main(["finetune", "kinetics40"]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(config, tmp_path):
     """Steps and evaluation: each process sees its share of the views."""
     steady = {"model.video.transformer.dropout": 0.0, "optim.lr": 1e-4}

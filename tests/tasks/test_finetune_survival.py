@@ -58,6 +58,7 @@ def test_a_signal_in_the_evaluation_ends_it_and_a_resume_repeats_it(config, monk
     assert json.loads((out / "evaluation.json").read_text())["samples"] == 6
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_the_evaluation_is_named_by_the_other(config, world, tmp_path):  # noqa: F811
     """No file of rank 1's share can be used: it raises, while rank 0 waits for it in the all-reduce."""
     rows = [json.loads(line) for line in world.heldout.read_text().splitlines()]

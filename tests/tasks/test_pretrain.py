@@ -140,6 +140,7 @@ def test_another_seed_is_another_run(config, tmp_path):
 COMMAND = "import sys; from vatt_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
+@pytest.mark.slow
 def test_signals_save_and_say_how_to_go_on(config):
     Path(config.out).mkdir()
     path = Path(config.out) / "start.yaml"

@@ -54,6 +54,7 @@ def totals(run: Path) -> list[float]:
     return [one[name] for name in ("total", "heldout_total") for one in found if name in one]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "flags"),
     [
@@ -76,6 +77,7 @@ def test_two_processes_are_one_run(straight, strategy, flags):
     assert all((weights[name] == value).all() for name, value in load_latest(run).tensors["model"].items())
 
 
+@pytest.mark.slow
 def test_other_ranks_and_another_strategy_go_on(straight):
     """Two steps by one process, two by two under ZeRO-2, from DeepSpeed's own launcher's flag."""
     flags = ["--out", str(straight / "mixed"), "--engine.steps", "2"]

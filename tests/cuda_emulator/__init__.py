@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import mmap
@@ -44,6 +45,7 @@ FLAGS = [
 BINDING_FLAGS = ["-O0", "-fno-sanitize=all"]  # of the file that only hands functions to Python: quick to compile
 
 
+@functools.cache
 def build(*sources: Path) -> ModuleType:
     """The module of these .cu and .cpp files, with what their vatt::bind_<name>(module) add to it; objects are cached.
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import vatt_engine._C  # so that it can be replaced
 from cuda_emulator import CSRC, build
+from pairwise import pairwise
 
 import vatt_engine
 from vatt_engine.ops import tokenize_native
@@ -50,11 +51,13 @@ def test_forward(path, dtype, options):
     assert_within_budget(actual, low, exact, Sum(48 + 2))  # a patch, bias and position
 
 
+NEEDS = [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0)]  # dweight, dbias, dpos, dagg
+
+
 @pytest.mark.usefixtures("_emulated")
-@pytest.mark.parametrize(("path", "dtype"), PATHS, ids=str)
-@pytest.mark.parametrize("needs", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0)], ids=str)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_backward(path, dtype, options, needs):
+@pytest.mark.parametrize("case", pairwise({"path": PATHS, "needs": NEEDS, "options": OPTIONS}), ids=str)
+def test_backward(case):
+    (path, dtype), needs, options = case.values()
     video, _, _, _, agg, *where = arguments(options, dtype)
     kept = 18 if where[0] is None else where[0].shape[-1]
     grad = randn(2, kept + (agg is not None), 10, seed=5, dtype=torch.float32 if "p" in options else dtype)

@@ -2,12 +2,14 @@
 
 import struct
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 from media_files import busy, numbered, numbers_of, write_media
 
+from vatt_engine.data.frame_times import PresentationTimes
 from vatt_engine.data.media import Media, MediaError
 
 COUNT, FPS = 75, 25.0
@@ -41,6 +43,7 @@ CASES = {
     "h264 in flv": ("a.flv", "libx264", B_FRAMES),
     "h264 in nut": ("a.nut", "libx264", B_FRAMES),
     "wmv": ("a.wmv", "wmv2", {"g": "12"}),
+    "mpeg4 in asf": ("a.wmv", "mpeg4", B_FRAMES),
     "bare h264": ("a.h264", None, B_FRAMES),
     "bare hevc": ("a.hevc", None, {"x265-params": "bframes=4:keyint=20:log-level=none"}),
 }
@@ -125,6 +128,37 @@ def test_matroska_that_was_made_from_avi(tmp_path):
     content = content[: private + 3] + header + content[private + 3 + length :]
     (tmp_path / "v.mkv").write_bytes(content)
     check_numbers(tmp_path / "v.mkv")
+
+
+def test_frames_without_a_time_of_their_own_have_that_of_their_packet():
+    """Windows Media: a packet has a time and none of its first frames does; then samples are counted."""
+    times = PresentationTimes(0.1, 0.0)
+    seen = []
+    for stamp, count in ((387, 2), (687, 3)):
+        times.feed(SimpleNamespace(pts=stamp, time_base=Fraction(1, 1000)))
+        for number in range(count):
+            own = 687 if (stamp, number) == (687, 0) else None
+            frame = SimpleNamespace(pts=own, samples=512, sample_rate=8_000, time_base=Fraction(1, 1000))
+            seen.append(times.of(frame))
+    assert seen == pytest.approx([0.287, 0.351, 0.587, 0.651, 0.715])
+
+
+def test_palettes_are_kept_behind_a_seek(tmp_path):
+    """The first packet of an AVI alone has the palette."""
+    palette = torch.randint(0, 256, (256, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "pal8"
+        for number in range(30):
+            pixels = torch.full((32, 32), number, dtype=torch.uint8).numpy()
+            frame = av.VideoFrame.from_ndarray((pixels, palette), format="pal8")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read = {"num_frames": 3, "fps": 10.0, "num_samples": 0, "sample_rate": 1}
+    whole = Media(tmp_path / "a.avi").read(0.0, **read | {"num_frames": 30}).video
+    assert len(whole.flatten(1).unique(dim=0)) == 30
+    assert torch.equal(Media(tmp_path / "a.avi").read(2.0, **read).video, whole[20:23])
 
 
 def test_bare_streams_have_the_rate_of_their_header(tmp_path):

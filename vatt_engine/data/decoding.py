@@ -76,7 +76,7 @@ def _seek(container: Any, stream: Any, seconds: float) -> bool:
     """Go to a key frame at or before `seconds`; False, and at the beginning, where that is not possible."""
     import av
 
-    if not _knows_times_after_a_seek(container, stream):
+    if not _can_go_on_behind_a_seek(container, stream):
         return False
     try:
         container.seek(int(seconds / stream.time_base), stream=stream)
@@ -85,11 +85,11 @@ def _seek(container: Any, stream: Any, seconds: float) -> bool:
     return True
 
 
-def _knows_times_after_a_seek(container: Any, stream: Any) -> bool:
-    """Whether FFmpeg (5.1 to 8) has right times for what follows a seek; else reading begins at the beginning."""
+def _can_go_on_behind_a_seek(container: Any, stream: Any) -> bool:
+    """Whether FFmpeg (5.1 to 8) knows all about what follows a seek; else reading begins at the beginning."""
     name, codec = container.format.name, stream.codec_context.name
-    if stream.type == "video":
-        return not is_bare(container)
+    if stream.type == "video":  # the first packet alone has the palette
+        return not is_bare(container) and stream.codec_context.pix_fmt != "pal8"
     if name in ("wav", "w64"):  # times are guessed from the bit rate, which is that of the packets for PCM alone
         return codec.startswith("pcm_")
     # Of other codecs in Ogg, the first packet gets the second that was asked for where that is in the last page.

@@ -3,8 +3,8 @@
 Most containers store for each packet when its frame is shown, and the decoder hands that on. What they store is not
 always enough:
 
-- AVI, and old Matroska files that were made from AVI, store when a picture is decoded. A decoder keeps pictures back
-  until those before them have come, so its output is in the order of showing, one picture out for one packet in. The
+- AVI, Windows Media, and old Matroska files that were made from AVI, store when a picture is decoded. A decoder keeps
+  pictures back until those before them have come, so its output is in the order of showing, one picture out for one packet in. The
   picture that comes out is therefore shown at the decoding time of the packet that many places back: the first picture
   of the file at its first time, and so on. FFmpeg leaves the stored time with the packet, where it belongs to another
   picture, and so do PyAV's `frame.pts` and `frame.dts`.
@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import closing
 from typing import Any
 
 DEFAULT_RATE = 25.0  # pictures per second of a bare stream that does not tell; FFmpeg's too
 ROUNDED_LENGTHS = ("ac3", "eac3", "dts")
+STORE_DECODING = ("avi", "asf")  # what FFmpeg says of showing there is a guess
 PARTLY_TIMED = ("mpeg", "mpegts")  # a PES packet may hold several pictures and then has the time of the first
 
 
@@ -36,15 +38,20 @@ class PresentationTimes:
         self.zero, self.step = zero, step
         self.next = -math.inf  # time of the next frame, should it have none of its own
         self.stamp: int | None = None  # of the frame before
+        self.of_packet: float | None = None
 
     def feed(self, packet: Any) -> None:
         """A packet that is decoded next."""
+        self.of_packet = None if packet.pts is None else float(packet.pts * packet.time_base) - self.zero
 
     def of(self, frame: Any) -> float | None:
         """Seconds; None for a frame without a time before any that has one."""
-        if frame.pts is None and self.next == -math.inf:
-            return None
-        time = self.next if frame.pts in (None, self.stamp) else self._seconds(frame) - self.zero
+        if frame.pts is None and self.next == -math.inf:  # Windows Media: the packet alone has a time
+            if self.of_packet is None:
+                return None
+            time = self.of_packet
+        else:
+            time = self.next if frame.pts in (None, self.stamp) else self._seconds(frame) - self.zero
         self.stamp = frame.pts
         self.next = time + self._length(frame)
         return time
@@ -104,16 +111,23 @@ def times_of(packet: Any, container: Any, stream: Any, zero: float) -> Presentat
     step = step_of(container, stream)
     if is_bare(container):
         return DecodingTimes(0.0, step, stream.codec_context, stored=False)
-    name, tag = container.format.name, stream.codec_context.codec_tag
-    from_avi = name == "avi" or ("matroska" in name and tag.strip("\0") != "")  # the codec has a name of AVI's
-    if from_avi or (packet.pts is None and name not in PARTLY_TIMED):
+    is_untimed = packet.pts is None and container.format.name not in PARTLY_TIMED
+    if _stores_decoding(container, stream) or is_untimed:
         return DecodingTimes(zero, step, stream.codec_context, stored=True)
     return PresentationTimes(zero, step)
 
 
+def _stores_decoding(container: Any, stream: Any) -> bool:
+    name, tag = container.format.name, stream.codec_context.codec_tag
+    is_from_avi = "matroska" in name and tag.strip("\0") != ""  # the codec has a name of AVI's
+    return stream.type == "video" and (name in STORE_DECODING or is_from_avi)
+
+
 def rate_of(container: Any, stream: Any) -> float:
     """Pictures per second, on average; 0 where a container does not tell."""
-    average = None if is_bare(container) else stream.average_rate  # of a bare stream it is FFmpeg's default
+    average = stream.average_rate
+    if is_bare(container) or container.format.name == "dv":  # it is FFmpeg's default there, or the unit of time
+        average = None
     return float(average or stream.guessed_rate or 0)
 
 
@@ -127,6 +141,25 @@ def is_bare(container: Any) -> bool:
     from av.format import Flags
 
     return bool(container.format.flags & Flags.no_timestamps.value) and bool(container.streams.video)
+
+
+def first_second(container: Any, stream: Any) -> float | None:
+    """The first time of a stream, which FFmpeg may not know or have wrong; reads a packet then."""
+    codec, of_decoding = stream.codec_context, _stores_decoding(container, stream)
+    is_opus = codec.name in ("opus", "libopus") and "matroska" in container.format.name
+    if stream.start_time is not None and not of_decoding and not (is_opus and stream.start_time):
+        return float(stream.start_time * stream.time_base)
+    with closing(container.demux(stream)) as packets:
+        for packet in packets:
+            if is_opus:  # FFmpeg 8 counts what Opus leaves out at the rate of the file, which means nothing to Opus
+                frames = packet.decode()
+                if frames and frames[0].pts is not None:
+                    return float(frames[0].pts * frames[0].time_base)
+                continue
+            stamp = packet.dts if of_decoding or packet.pts is None else packet.pts
+            if packet.size and stamp is not None:
+                return float(stamp * packet.time_base)
+    return None
 
 
 def seconds_of(packet: Any, step: float) -> float:

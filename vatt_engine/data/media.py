@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vatt_engine.data.frame_times import first_second, is_bare
 from vatt_engine.data.manifest import Member, Sample
 from vatt_engine.data.media_info import MediaInfo, contradictions, described
 from vatt_engine.data.pictures import PictureForm, pictures, stacked_pictures
@@ -333,8 +334,9 @@ class Media:
 
     def _opened(self, source: Source) -> MediaInfo:
         with source.faults(), source.opened() as (container, streams):
-            starts = [s.start_time * s.time_base for s in streams.values() if s.start_time is not None]
-            source.zero = 0.0 if source.member else float(min(starts, default=0))
+            if not (source.member or is_bare(container)):
+                starts = [first_second(container, stream) for stream in streams.values()]
+                source.zero = min((start for start in starts if start is not None), default=0.0)
             self._notes += contradictions(source.zero, container, streams)
             return described(source.zero, container, streams)
 

@@ -118,9 +118,12 @@ def times_of(packet: Any, container: Any, stream: Any, zero: float) -> Presentat
 
 
 def _stores_decoding(container: Any, stream: Any) -> bool:
-    name, tag = container.format.name, stream.codec_context.codec_tag
-    is_from_avi = "matroska" in name and tag.strip("\0") != ""  # the codec has a name of AVI's
-    return stream.type == "video" and (name in STORE_DECODING or is_from_avi)
+    if stream.type != "video" or "matroska" not in container.format.name:
+        return stream.type == "video" and container.format.name in STORE_DECODING
+    try:
+        return stream.codec_context.codec_tag.strip("\0") != ""  # a name of AVI's for the codec
+    except UnicodeDecodeError:  # PyAV expects letters
+        return True
 
 
 def rate_of(container: Any, stream: Any) -> float:

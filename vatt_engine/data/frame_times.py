@@ -4,10 +4,10 @@ Most containers store for each packet when its frame is shown, and the decoder h
 always enough:
 
 - AVI, Windows Media, and old Matroska files that were made from AVI, store when a picture is decoded. A decoder keeps
-  pictures back until those before them have come, so its output is in the order of showing, one picture out for one packet in. The
-  picture that comes out is therefore shown at the decoding time of the packet that many places back: the first picture
-  of the file at its first time, and so on. FFmpeg leaves the stored time with the packet, where it belongs to another
-  picture, and so do PyAV's `frame.pts` and `frame.dts`.
+  pictures back until those before them have come, so its output is in the order of showing, one picture out for one
+  packet in. The picture that comes out is therefore shown at the decoding time of the packet that many places back:
+  the first picture of the file at its first time, and so on. What FFmpeg (5.1 to 8) puts into the packets as times of
+  showing is a guess: one frame late for MPEG-4, and wrong where H.264 has B-frames; PyAV's `frame.pts` has it too.
 - Bare streams (.h264, .hevc, .m4v) store no times: their pictures follow each other at the stream's rate.
 - A packet with several frames of sound has one time, that of the first; in some RealMedia files all have the same.
 - The times of bare sound (.ac3, .eac3, .dts) are sums of lengths that FFmpeg has rounded to 1/90000 s each.

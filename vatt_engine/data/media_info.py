@@ -44,8 +44,9 @@ def described(zero: float, container: Any, streams: dict[str, Any]) -> MediaInfo
         known = [float(s.duration * s.time_base) - zero for s in streams.values() if s.duration is not None]
     elif len(known) < len(streams) and container.duration is not None and not is_bare(container):
         begin = 0 if container.format.name in FROM_ZERO else (container.start_time or 0)
-        last = step_of(container, streams["video"]) if container.format.name == "nut" and "video" in streams else 0.0
-        known.append((begin + container.duration) / 1e6 - zero + last)  # nut ends where its last frame begins
+        known.append((begin + container.duration) / 1e6 - zero)
+        if container.format.name == "nut" and "audio" not in streams:  # it ends where its last frame begins
+            known[-1] += step_of(container, streams["video"])
     video, audio = (streams[kind].codec_context if kind in streams else None for kind in ("video", "audio"))
     return MediaInfo(
         duration=max(known, default=0) or _scanned_end(zero, container, streams),

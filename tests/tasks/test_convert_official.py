@@ -235,6 +235,17 @@ def test_a_bad_source_ends_with_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_half_a_download_is_told_of(tmp_path):
+    """A folder with the data file alone is a checkpoint that lacks its index, and no run without checkpoints."""
+    folder = tmp_path / "ckpt"
+    shutil.copytree(FOLDERS / "wat", folder)
+    (folder / "ckpt-4.index").unlink()
+    with pytest.raises(
+        ValueError, match=r"must hold a checkpoint's \.index, got ckpt-4\.data-00000-of-00001 without one"
+    ):
+        main([str(folder), str(tmp_path / "out")])
+
+
 def test_what_is_converted_already_is_not_converted(tmp_path):
     with pytest.raises(ValueError, match="--to must be another form than that of"):
         main([str(FOLDERS / "wat"), str(tmp_path / "out"), "--to", "tensorflow"])

@@ -19,7 +19,8 @@ def is_tf_checkpoint(path: Path) -> bool:
     """Whether a path looks like a TensorFlow checkpoint, or was meant to be one."""
     if path.is_dir():
         ours = any((path / name).exists() for name in ("config.json", "config.yaml", "checkpoints", "zero"))
-        return not ours and (any(_indexes(path)) or (path / "saved_model.pb").exists() or any(path.glob("*.meta")))
+        theirs = (one for one in path.iterdir() if one.suffix in (".index", ".meta", ".pb") or _DATA.search(one.name))
+        return not ours and any(theirs)
     named = path.suffix in (".index", ".meta", ".ckpt", ".h5", ".keras", ".pb") or _DATA.search(path.name)
     return bool(named) or path.is_file() or _index(path).exists() or any(_data_files(path))
 

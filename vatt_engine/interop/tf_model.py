@@ -113,8 +113,8 @@ def official_model(
             raise ValueError(f"the keys must be paths through objects, as a TensorFlow 2 trainer saves, got {keys}")
         names = object_names(checkpoint)
         if not names.variables:
-            keys = ", ".join(names.others[:2])
-            raise ValueError(f"the checkpoint must be of an official VATT model, got none of its variables, but {keys}")
+            key = f"{min(names.others, default='nothing')[:60]} ..."
+            raise ValueError(f"the checkpoint must be of an official VATT model, got none of its variables, but {key}")
         variables = NamedVariables(checkpoint, names)
         if config is None:
             config = config_of_shapes({name: variables.shape(name) for name in variables}, head_dim)

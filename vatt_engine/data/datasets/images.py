@@ -158,13 +158,13 @@ def _devkit_wnids(source: Source) -> dict[int, str]:
     """wnids by ILSVRC2012_ID, which is another order than that of the wnids: only the devkit's `meta.mat` knows it."""
     if not source.all_files("meta.mat"):
         raise source.lacks("the devkit's meta.mat, which says what the numbers of its ground truth are")
-    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError, loadmat
 
     path = source.file("meta.mat")
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as refusal:
+    except (MatReadError, NotImplementedError, ValueError, KeyError, TypeError, IndexError, OSError) as refusal:
         raise fault(path, 1, "the file", f"be that of the ILSVRC2012 devkit, got an error: {refusal}") from refusal
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vatt_engine.data.datasets.entries import Content, Entry
-from vatt_engine.data.datasets.source import Source, is_whole_number, names_any, whole_number
+from vatt_engine.data.datasets.source import SPLIT_WORDS, Source, is_whole_number, names_any, whole_number
 from vatt_engine.data.rows import fault, first_line
 
 SUFFIXES = (".txt", ".csv", ".list", ".lst", "")
@@ -51,11 +51,18 @@ def list_of(source: Source, split: str, words: Iterable[str], wanted: str) -> Pa
     """
     lists = source.once(all_lists)
     named = [path for path in lists if names_any(path, words)]
-    if not named and len(lists) == 1 and source.asked == (split,):
-        return lists[0]
+    hint = ""
+    if not named and len(lists) == 1 and not _says_a_split(lists[0]):
+        if source.asked == (split,):
+            return lists[0]
+        hint = "Say its split with --split."
     if len(named) != 1:
-        raise source.lacks(wanted, named)
+        raise source.lacks(wanted, named, hint)
     return named[0]
+
+
+def _says_a_split(path: Path) -> bool:
+    return any(names_any(path, words) for words in SPLIT_WORDS.values())
 
 
 def list_rows(source: Source, path: Path) -> Iterator[ListRow]:

@@ -89,13 +89,13 @@ class Source:
                 found.append(file)
         return found
 
-    def lacks(self, wanted: str, several: Iterable[Path] = ()) -> NotThere:
+    def lacks(self, wanted: str, several: Iterable[Path] = (), hint: str = "") -> NotThere:
         """The error that a file is not among the annotations, or that several are and one must be named."""
         several = list(several)
         names = list(dict.fromkeys(str(file) if several else file.name for file in several or self.files))
         got = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        hint = " Name the one to read." if several else ""
-        return NotThere(f"{self.dataset}: annotations must hold {wanted}, got {got or 'nothing'}.{hint}")
+        hint = "Name the one to read." if several else hint
+        return NotThere(f"{self.dataset}: annotations must hold {wanted}, got {got or 'nothing'}. {hint}".rstrip())
 
     def opened(self, path: Path) -> AbstractContextManager[TextIO]:
         if first_line(path).startswith("version https://git-lfs"):

@@ -176,7 +176,7 @@ MESSAGES = [
         "vatt retrieve: --num_windows must be at least 1, got -1.",
     ),
     (["demo-data", "world", "--num-train", "99999999"], "num_train must be in 1..1000000, got 99999999."),
-    (["retrieve"], "vatt retrieve: --run must be a string, got nothing."),
+    (["retrieve", "--data", "a.jsonl"], "vatt retrieve: --run must be a string, got nothing."),
     (["retrieve", "run", "more"], "vatt retrieve: the arguments before the flags must be RUN, got ['run', 'more']."),
     (["visualize", "--data", "x", "--figure", "similarity"], "vatt visualize: --runs must be "),
     (

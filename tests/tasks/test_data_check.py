@@ -61,6 +61,54 @@ def test_a_manifest(folder, capsys):
     assert "4 of 4 samples can be used" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Three sounds, of which one is cut, and as many videos, of which two have no sound; the manifest of each."""
+    folder = tmp_path_factory.mktemp("sounds")
+    for name in ("a", "b", "cut"):
+        write_media(folder / f"{name}.wav", None, waveform=torch.sin(torch.arange(12_000) * 0.2), sample_rate=8_000)
+    (folder / "cut.wav").write_bytes((folder / "cut.wav").read_bytes()[:9_000])
+    frames = torch.full((12, 16, 24, 3), 90, dtype=torch.uint8)
+    for name, sound in (("heard", torch.ones(9_600)), ("mute", None), ("mute2", None)):
+        write_media(folder / f"{name}.mp4", frames, fps=10, waveform=sound, sample_rate=8_000)
+    for name, files in (("wavs", ("a.wav", "b.wav", "cut.wav")), ("mp4s", ("heard.mp4", "mute.mp4", "mute2.mp4"))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"path": file}) + "\n" for file in files))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "usable", "reason"),
+    [
+        ("wavs", "auto", 2, "wav"),
+        ("wavs", "audio", 2, "wav"),
+        ("wavs", "both", 0, "the file must have a video track"),
+        ("mp4s", "auto", 3, ""),
+        ("mp4s", "video", 3, ""),
+        ("mp4s", "audio", 1, "the file must have an audio track"),
+    ],
+)
+def test_a_set_is_checked_for_what_it_will_be_used_for(sounds, capsys, name, modality, usable, reason):
+    argv = ["data", "check", str(sounds / f"{name}.jsonl"), "--modality", modality, "--num-workers", "1"]
+    assert main(argv) == (0 if usable == 3 else 1)
+    said = capsys.readouterr().out
+    assert f"{name}.jsonl: {usable} of 3 samples can be used" in said
+    assert reason in said
+    assert ("sound alone: none of the first 3 samples has a picture" in said) == ((name, modality) == ("wavs", "auto"))
+
+
+def test_sounds_are_prepared_checked_and_no_matter_of_pre_training(sounds, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    assert main(["prepare", str(sounds / "wavs.jsonl"), str(shards), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"Next: vatt finetune CONFIG --data.train {shards} (sound alone: vatt pretrain needs pictures)" in said
+    assert main(["data", "check", str(shards), "--num-workers", "1"]) == 0
+    assert "2 of 2 samples can be used" in capsys.readouterr().out
+    assert main(["pretrain", "demo", "--data.train", str(shards), "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        f"vatt pretrain: data.train must hold pictures, got {shards}, which is sound alone.\n"
+    )
+
+
 def test_shards(folder, tmp_path, capsys):
     shards = tmp_path / "shards"
     assert main(["prepare", str(folder / "usable.jsonl"), str(shards), "--workers", "1"]) == 0
@@ -92,6 +140,8 @@ def test_shards(folder, tmp_path, capsys):
         (["data", "check", "a.jsonl", "--out", "b.csv"], "vatt data check: --out must end in .jsonl, got 'b.csv'."),
         (["data", "check", "a.jsonl", "--max-decode-seconds", "x"], "--max_decode_seconds must be a finite number"),
         (["data", "chekc"], "got 'chekc'. Did you mean 'check'?"),
+        (["data", "check", "a.jsonl", "--modality", "sound"], "--modality must be one of 'auto', 'video', 'audio'"),
+        (["data", "check", "no.jsonl", "--out", "no/b.jsonl"], "--out must lie in a folder that exists, got 'no/b."),
     ],
 )
 def test_messages(argv, message, capsys, tmp_path, monkeypatch):

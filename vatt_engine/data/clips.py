@@ -19,6 +19,8 @@ from vatt_engine.data.order import generator_of
 from vatt_engine.data.windows import even_windows, nearest_captions, random_window
 from vatt_engine.data.words import Vocabulary
 
+NO_PICTURE = "the file must have a video track, got none."
+
 
 class Decoded(NamedTuple):
     """A window: pictures [T, S, S, 3] uint8 of its views, and sound [L]; its start and the sample's end, seconds."""
@@ -139,7 +141,7 @@ class ClipReader:
     def _media(self, sample: Sample) -> Media:
         media = open_media(sample, self.config.limits, square_pixels=self.config.pixel_aspect == "square")
         if self.config.num_frames and not media.info.has_video:
-            raise MediaError(sample.path, "the file must have a video track, got none.")
+            raise MediaError(sample.path, NO_PICTURE)
         if not self.config.num_frames and not media.info.has_audio:
             raise MediaError(sample.path, "the file must have an audio track, got none.")
         return media

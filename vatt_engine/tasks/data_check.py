@@ -7,17 +7,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 from vatt_engine.analysis.report import table
 from vatt_engine.cpus import usable_cpus
+from vatt_engine.data.clips import NO_PICTURE
 from vatt_engine.data.config import DataConfig
 from vatt_engine.data.manifest import Sample, write_manifest
 from vatt_engine.data.media import MediaError
 from vatt_engine.data.shards import INDEX, json_line, key_of, read_index, read_samples, write_synced
 from vatt_engine.data.workers import Workers
+from vatt_engine.refusals import Refusals
 from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.progress import Progress
@@ -25,6 +29,9 @@ from vatt_engine.tasks.results import check_writable
 
 PART_SECONDS = 10.0  # decoded at a time: long files need no more memory than short ones
 AT_ONCE = 1_000  # samples
+LOOKED_AT = 20  # samples that tell whether a set is sound alone
+Checked = tuple[Sample, str, str, str]
+NOT_LOADED = {"video": {"num_samples": 0}, "audio": {"num_frames": 0}, "both": {}}  # modality -> what it does without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +43,16 @@ class CheckConfig:
     Args:
         data: a manifest (.jsonl, .csv) or prepared shards (a folder, its index, or tars by pattern).
         out: receives the usable samples as a manifest; of shards as an index, which must lie beside theirs.
+        modality: what the samples will be used for: "video", pictures alone; "audio", sound alone; "both", as
+            pre-training does: there must be a picture, and sound where there is some is decoded too; "auto": "audio"
+            where the first files have no picture, else "both".
         num_workers: processes that decode; 0: as many as CPUs may be used.
         max_decode_seconds: limit of time for ten seconds of a sample.
     """
 
     data: PathText
     out: PathText | None = None
+    modality: Literal["auto", "video", "audio", "both"] = "auto"
     num_workers: int = 0
     max_decode_seconds: float = 60.0
 
@@ -54,12 +65,17 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(CheckConfig, argv, prog="vatt data check", positional=("data",))
     workers = config.num_workers or usable_cpus()
     form = DataConfig(num_workers=workers, max_decode_seconds=config.max_decode_seconds)
-    samples = read_samples(config.data)
+    refusals = Refusals()
+    samples = refusals.of(read_samples, config.data)
+    if config.out is not None and not Path(config.out).parent.is_dir():
+        refusals.add(f"vatt data check: --out must lie in a folder that exists, got {config.out!r}.")
+    refusals.settle()
     index = _index_of(config, samples)
     if config.out is not None:
         check_writable(Path(config.out).parent, "vatt data check")
+    results = checked_for(config.modality, samples, form)
     usable, reasons, num_noted, progress, of_set = [], Counter(), 0, Progress(), Counter()
-    for sample, fault, note, set_note in check(samples, form):
+    for sample, fault, note, set_note in results:
         if fault:
             print(f"unusable {sample.path}: {fault}")
             reasons[fault.partition(", got ")[0]] += 1
@@ -84,7 +100,26 @@ def main(argv: Sequence[str]) -> int:
     return 1 if reasons else 0
 
 
-def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[tuple[Sample, str, str, str]]:
+def checked_for(modality: str, samples: Sequence[Sample], config: DataConfig) -> Iterator[Checked]:
+    """What `check` finds about samples that will be used for a modality.
+
+    Args:
+        modality: see CheckConfig; "auto" says on the output that it has chosen "audio".
+        samples, config: see check.
+    """
+    if modality != "auto":
+        return check(samples, replace(config, **NOT_LOADED[modality]))
+    results = check(samples, config)
+    first = list(islice(results, LOOKED_AT))
+    faults = [fault for _, fault, _, _ in first]
+    if "" in faults or NO_PICTURE not in faults:
+        return chain(first, results)
+    results.close()
+    print(f"sound alone: none of the first {len(first)} samples has a picture (--modality both asks for one)")
+    return check(samples, replace(config, **NOT_LOADED["audio"]))
+
+
+def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[Checked]:
     """(sample, why it cannot be used, what is odd about it, what is odd and probably is so in the set), or "" for each.
 
     They come in the set's order.
@@ -96,7 +131,7 @@ def check(samples: Sequence[Sample], config: DataConfig) -> Iterator[tuple[Sampl
     >>> list(check(read_samples("a.jsonl"), DataConfig(num_workers=2)))  # doctest: +SKIP
     """
 
-    def checked(sample: Sample) -> tuple[Sample, str, str, str]:
+    def checked(sample: Sample) -> Checked:
         start, notes, set_note = sample.start, {}, ""
         try:
             while start is not None:

@@ -29,14 +29,16 @@ from vatt_engine.losses import ClassLoss
 from vatt_engine.models import build_model, load_tower, save_pretrained
 from vatt_engine.models.heads import Classifier
 from vatt_engine.output import put, say
+from vatt_engine.refusals import Refusals
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.config import noise_notes
 from vatt_engine.tasks.finetune_config import FINETUNE_RECIPES, FinetuneConfig
-from vatt_engine.tasks.pretrain import command, draw_run, read_training_manifest, resume_run, supervised, train
+from vatt_engine.tasks.needs import read_training_manifest
+from vatt_engine.tasks.pretrain import command, draw_run, resume_run, supervised, train
 from vatt_engine.tasks.records import CleanBatch
 from vatt_engine.tasks.results import Results
 from vatt_engine.tasks.run_folder import check_run, opened_run, write_start
-from vatt_engine.tasks.towers import load_run_config, read_tower
+from vatt_engine.tasks.towers import Tower, load_run_config, read_tower
 
 MIXUP = 1  # of the random numbers of a step, those of mixup
 
@@ -63,20 +65,16 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> int:
 
 def _finetune(config: FinetuneConfig, asked: bool, stop: StopSignals) -> int:
     run_dir, seed, device = Path(config.out), config.engine.seed, config.engine.torch_device()
-    config.check()
     resume = check_run(config, asked)
 
     # ------------------------------------------------ data, model, loss: all that may refuse to train
-    samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
-    tests = read_samples(config.test) if config.test else []
+    sources, tests, tower = _needed(config, resume)
+    samples, sizes = join_sources(sources)
     for sample in (*samples, *tests):
         if not config.data.num_classes:  # several classes are the loader's to check
             check_label(sample, config.model.num_classes, several=False)
-    tower = None
     if resume:
         config = dataclasses.replace(config, model=load_run_config(run_dir).model)
-    elif config.init:
-        tower = read_tower(config.init, config.modality)
     config = config.fitted(config.model if tower is None else tower.config)
     torch.manual_seed(seed)
     model = build_model(config.model)
@@ -129,6 +127,20 @@ def _evaluated(
     results = Results(config.out, "vatt finetune")
     results.save_json("evaluation.json", result)
     return results.code
+
+
+def _needed(config: FinetuneConfig, resume: bool) -> tuple[list[list[Sample]], list[Sample], Tower | None]:
+    """Training sets, test set and tower. Whatever of them is not there, or is wrong, is told at once.
+
+    A run that goes on has its own weights and needs no tower, which may be gone.
+    """
+    refusals = Refusals()
+    refusals.of(config.check)
+    sources = [refusals.of(read_training_manifest, path, config.verb) for path in config.data.sources]
+    tests = refusals.of(read_samples, config.test) if config.test else []
+    tower = refusals.of(read_tower, config.init, config.modality) if config.init and not resume else None
+    refusals.settle()
+    return sources, tests, tower
 
 
 def _test_data(config: FinetuneConfig) -> DataConfig:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from vatt_engine.refusals import Refusals
 from vatt_engine.schema import ConfigError, expectation, from_dict, nearest, short, to_dict
 
 T = TypeVar("T")
@@ -43,7 +44,14 @@ def parse_flags(config: T | type[T], argv: Sequence[str], *, prog: str, position
         takes = " ".join(name.upper() for name in positional) or "flags only"
         raise ConfigError(f"{prog}: the arguments before the flags must be {takes}, got {words}.")
     args = [part for name, word in zip(positional, words) for part in (f"--{name}", word)]
-    args += [_checked(word, before, known, prog) for before, word in zip(["", *flags], flags)]
+    refusals = Refusals()
+    args += [refusals.of(_checked, word, before, known, prog) for before, word in zip(["", *flags], flags)]
+    if isinstance(config, type) and not {"-h", "--help"}.intersection(flags):
+        given = {_name(word) for word in args if word}
+        for name in _required(config):
+            if name not in given:
+                refusals.add(f"{prog}: --{name} must {expectation(known[name])}, got nothing.")
+    refusals.settle()
     default = {} if isinstance(config, type) else {"default": config}
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     errors = io.StringIO()
@@ -55,6 +63,12 @@ def parse_flags(config: T | type[T], argv: Sequence[str], *, prog: str, position
             raise
         raise ConfigError(f"{prog}: {_explain(errors.getvalue(), args, known)}") from None
     return from_dict(cls, to_dict(parsed), where=prog)
+
+
+def _required(cls: type) -> list[str]:
+    """Names of the fields without a default."""
+    absent, fields = dataclasses.MISSING, dataclasses.fields(cls)
+    return [field.name for field in fields if field.default is absent and field.default_factory is absent]
 
 
 def _flags(cls: type, prefix: str = "") -> list[tuple[str, Any]]:

@@ -35,11 +35,12 @@ def main(argv: Sequence[str]) -> int:
     index = prepare(given.manifest, given.out, given, progress=Progress())
     rows = read_index(index)
     total = next(rows).values
-    rejected, num_oblong = [], 0
+    rejected, num_oblong, pictures = [], 0, False
     for row in rows:
         if row.values.get("kind") == "rejected":
             rejected.append(row.values)
         num_oblong += "aspect" in (row.values.get("video") or {})
+        pictures = pictures or row.values.get("video") is not None
     for row in rejected[:10]:
         print(f"rejected {row['path']}: {row['reason']}")
     if len(rejected) > 10:
@@ -49,7 +50,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"{num_oblong} samples have pixels that are not square, which are kept as stored. {hint}")
     counts = f"{total['samples']} samples in {total['shards']} shards, {total['rejected']} files rejected"
     print(f"{index}: {counts}, {total['seconds'] / 3600:.2f} h")
-    whole = given.place[1] == 1
-    next_step = f"vatt pretrain CONFIG --data.train {given.out}" if whole else f"vatt data merge {Path(given.out)}"
-    print(f"Next{'' if whole else ', when all parts are there'}: {next_step}")
+    if total["samples"]:
+        print(_next_step(given, pictures))
     return 0
+
+
+def _next_step(given: PrepareArguments, pictures: bool) -> str:
+    """What to call next: sounds without a picture are nothing to pre-train on."""
+    if given.place[1] > 1:
+        return f"Next, when all parts are there: vatt data merge {Path(given.out)}"
+    if pictures:
+        return f"Next: vatt pretrain CONFIG --data.train {given.out}"
+    return f"Next: vatt finetune CONFIG --data.train {given.out} (sound alone: vatt pretrain needs pictures)"

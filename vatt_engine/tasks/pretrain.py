@@ -20,8 +20,6 @@ from vatt_engine.batch import Batch, Embeddings
 from vatt_engine.collectives import rank, world_size
 from vatt_engine.data.dali import build_loader
 from vatt_engine.data.loader import Loader, QuarantineError, join_sources
-from vatt_engine.data.manifest import Sample
-from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.checkpoint import has_checkpoint
 from vatt_engine.engine.engine import Engine
 from vatt_engine.engine.faults import OUT_OF_MEMORY, SpikeGuard, StopRequested, StopSignals, TrainingStopped
@@ -32,7 +30,7 @@ from vatt_engine.engine.ranks import alone_among_tasks, joined_ranks, largest_of
 from vatt_engine.losses import LossTerms, VATTLoss
 from vatt_engine.models import build_model, save_pretrained
 from vatt_engine.output import say
-from vatt_engine.schema import ConfigError, replace, to_dict
+from vatt_engine.schema import replace, to_dict
 from vatt_engine.tasks.config import (
     RECIPES,
     PretrainConfig,
@@ -43,6 +41,7 @@ from vatt_engine.tasks.config import (
     noise_notes,
 )
 from vatt_engine.tasks.flags import parse_flags
+from vatt_engine.tasks.needs import training_sets
 from vatt_engine.tasks.records import CleanBatch, HeldOut, Window, awaited
 from vatt_engine.tasks.run_folder import check_places, check_run, opened_run, write_start
 from vatt_engine.tasks.words import check_words, freeze_as_saved, load_vectors, load_vocabulary
@@ -160,12 +159,11 @@ def supervised(config: RunConfig, job: Callable[[StopSignals], int]) -> int:
 def _pretrain(config: PretrainConfig, asked: bool, stop: StopSignals) -> int:
     run_dir, seed = Path(config.out), config.engine.seed
     device = config.engine.torch_device()
-    config.check_shapes()
-    config = dataclasses.replace(config, data=fitted_noise(config.data, config.model.audio))
     resume = check_run(config, asked)
 
     # ------------------------------------------------ words, data, model, loss: all that may refuse to train
-    samples, sizes = join_sources([read_training_manifest(path, config.verb) for path in config.data.sources])
+    samples, sizes = join_sources(training_sets(config))
+    config = dataclasses.replace(config, data=fitted_noise(config.data, config.model.audio))
     kept = run_dir / "tokenizer.json"
     vocabulary = load_vocabulary(config, samples, kept if resume and kept.exists() else None)
     torch.manual_seed(seed)
@@ -363,18 +361,6 @@ def resume_run(engine: Engine, loader: Loader, config: RunConfig) -> None:
 def _tell(text: str) -> None:
     if rank() == 0:
         say(text)
-
-
-def read_training_manifest(path: str, verb: str) -> list[Sample]:
-    """The samples to train on.
-
-    Raises:
-        ValueError: no manifest was given, or it is wrong somewhere (ManifestError, with file and line).
-    """
-    if not path:
-        hint = "`vatt demo-data DIRECTORY` makes a small world with one."
-        raise ConfigError(f"vatt {verb}: --data.train must be the path of a manifest, got none. {hint}")
-    return read_samples(path)
 
 
 def config_hash(config: RunConfig) -> str:

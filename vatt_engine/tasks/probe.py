@@ -20,6 +20,7 @@ from vatt_engine.data.shards import read_samples
 from vatt_engine.engine.config import EngineConfig
 from vatt_engine.engine.optim import OptimConfig, build_optimizer
 from vatt_engine.models import build_model, init, load_tower
+from vatt_engine.refusals import Refusals
 from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.flags import parse_flags
 from vatt_engine.tasks.results import Results
@@ -96,10 +97,12 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
     >>> probe(ProbeConfig(run="runs/demo/run", train=("a.jsonl",), test=("b.jsonl",)))["rows"]  # doctest: +SKIP
     """
-    results = Results(config.out or config.run, "vatt probe")
-    splits = [tuple(labelled(path) for path in pair) for pair in zip(config.train, config.test)]
+    results, refusals = Results(config.out or config.run, "vatt probe"), Refusals()
+    splits = [tuple(refusals.of(labelled, path) for path in pair) for pair in zip(config.train, config.test)]
+    features = refusals.of(Features, config)
+    refusals.settle()
     num_classes = 1 + max(sample.label for split in splits for samples in split for sample in samples)
-    features, rows = Features(config), []
+    rows = []
     for number, (train, test) in enumerate(splits, 1):
         x, train = features(train, 1)
         x_test, test = features(test, config.num_windows)

@@ -33,7 +33,8 @@ class Bar:
         form = {"unit": unit if unit == "B" else f" {unit}", "unit_scale": unit == "B", "initial": done}
         self._bar = None
         if is_terminal(stream):
-            self._bar = tqdm(desc=name, total=total, file=stream, delay=0.5, leave=False, dynamic_ncols=True, **form)
+            form |= {"file": stream, "delay": 0.5, "leave": False, "dynamic_ncols": True}
+            self._bar = tqdm(desc=name or None, total=total, **form)
 
     def update(self, more: int, note: str = "") -> None:
         """So many units more are done; `note` is what else there is to say."""
@@ -48,16 +49,15 @@ class Bar:
     def line(self, note: str = "") -> str:
         """What a log gets to read."""
         rate = (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
-        size = tqdm.format_sizeof if self.unit == "B" else "{:,}".format
-        unit = "B" if self.unit == "B" else f" {self.unit}"
-        parts = [f"{size(self.done)}{unit}"]
-        if self.total is not None:
-            parts = [f"{size(self.done)} of {size(self.total)}{unit}"]
+        in_bytes, total = self.unit == "B", self.total
+        size = tqdm.format_sizeof if in_bytes else str
+        unit = "B" if in_bytes else f" {self.unit}"
+        parts = [size(self.done) + ("" if total is None else f"/{size(total)}") + unit]
         parts += [note] if note else []
-        parts.append(f"{tqdm.format_sizeof(rate)}{unit}/s" if self.unit == "B" else f"{rate:,.1f}{unit}/s")
-        if self.total is not None and rate:
-            parts.append(f"{tqdm.format_interval((self.total - self.done) / rate)} left")
-        return f"{self.name}: {', '.join(parts)}"
+        parts.append(f"{size(rate) if in_bytes else f'{rate:.1f}'}{unit}/s")
+        if total is not None and rate:
+            parts.append(f"{tqdm.format_interval((total - self.done) / rate)} left")
+        return f"{self.name}: {', '.join(parts)}" if self.name else ", ".join(parts)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -106,7 +106,7 @@ class Progress:
 
     def __call__(self, done: int, rejected: int, total: int) -> None:
         if self._bar is None:
-            self._bar = Bar("done", total, "files", self.stream, done - 1)
+            self._bar = Bar("", total, "files", self.stream, done - 1)
         self._bar.update(done - self._bar.done, f"{rejected} rejected")
         if done == total:
             self._bar.close()

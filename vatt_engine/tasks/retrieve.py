@@ -24,6 +24,7 @@ from vatt_engine.data.words import Vocabulary
 from vatt_engine.engine.checkpoint import CheckpointError, load_latest
 from vatt_engine.models import VATT, build_model, from_pretrained
 from vatt_engine.output import say
+from vatt_engine.refusals import Refusals
 from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.config import PretrainConfig
 from vatt_engine.tasks.flags import parse_flags
@@ -92,9 +93,10 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
 
     >>> retrieve(RetrieveConfig(run="runs/demo/run", data="world/heldout.jsonl"))["tasks"]  # doctest: +SKIP
     """
-    results = Results(config.out or config.run, "vatt retrieve")
-    run, model, vocabulary, step = load_run(Path(config.run), config.device)
-    samples = read_samples(config.data)
+    results, refusals = Results(config.out or config.run, "vatt retrieve"), Refusals()
+    loaded, samples = refusals.of(load_run, Path(config.run), config.device), refusals.of(read_samples, config.data)
+    refusals.settle()
+    run, model, vocabulary, step = loaded
     data = dataclasses.replace(run.data, num_windows=config.num_windows, fps=config.fps or run.data.fps)
     with Loader(samples, data, train=False, batch_size=config.batch_size) as loader:
         found = embed_clips(model, loader, samples, average=config.average)

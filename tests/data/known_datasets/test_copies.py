@@ -204,9 +204,7 @@ def test_packed_files_copies_and_folders_below(tmp_path):
     with pytest.raises(ManifestError, match=r"one file classInd\.txt, got .*again/deeper/.* Name the one to read"):
         list(import_dataset("ucf101", annotations=[annotations], media=media, out=tmp_path / "out"))
     (folders[0] / "trainlist01.txt.gz").write_bytes(b"\x1f\x8bnot whole")
-    with pytest.raises(
-        ManifestError, match=r"trainlist01\.txt\.gz: annotations must be a whole gzip file, got"
-    ):
+    with pytest.raises(ManifestError, match=r"trainlist01\.txt\.gz: annotations must be a whole gzip file, got"):
         list(import_dataset("ucf101", annotations=[folders[0]], media=media, out=tmp_path / "out", splits=["train1"]))
 
 

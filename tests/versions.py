@@ -119,8 +119,9 @@ class Environment:
             raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}")
 
     def versions(self) -> dict[str, str]:
-        done = self.run(self.bin / "python", "-m", "pip", "list", "--format", "json", "-q")
-        return {one["name"].lower(): one["version"] for one in json.loads(done.stdout)}
+        """Of each package that is installed, by its name in lower case; a warning of pip may stand among the lines."""
+        done = self.run(self.bin / "python", "-m", "pip", "list", "--format", "freeze")
+        return {name.lower(): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", done.stdout, re.MULTILINE)}
 
 
 def lower_bounds(python: str) -> dict[str, str]:

@@ -128,7 +128,7 @@ def test_towers_give_the_models_features(tmp_path, backbone, modality):
     features = getattr(model, f"encode_{modality}")(signal)
     assert torch.equal(encoder(signal, agg_only=True)[:, 0], features)
     assert_same_sums(encoder(signal)[:, 0], features, WHOLE)
-    with pytest.raises(ValueError, match="must have a audio tower, got the video encoder"):
+    with pytest.raises(ValueError, match="must have an audio tower, got the video encoder"):
         tower_config(model_config("vit_base"), "audio")
 
 

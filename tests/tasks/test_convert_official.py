@@ -169,6 +169,17 @@ def test_a_recipe_does_not_thaw_the_word_vectors(run):
     assert "model.text.embedding.weight/exp_avg" not in load_latest(out).tensors["optimizer"]
 
 
+def test_a_run_out_of_a_models_folder_keeps_them_frozen(run, tmp_path):
+    """Without moments nothing else tells that they are not trained."""
+    out, config = run
+    model, again = converted(tmp_path, "tx", "model"), tmp_path / "again"
+    shutil.copyfile(out / "tokenizer.json", model / "tokenizer.json")
+    assert main([str(model), str(again), "--to", "run"]) == 0
+    config = replace(config, {"model.text.freeze_embedding": None, "out": str(again), "engine.steps": 1})
+    assert pretrain(config, resume=True) == 0
+    assert "model.text.embedding.weight/exp_avg" not in load_latest(again).tensors["optimizer"]
+
+
 def test_frozen_vectors_need_their_words(run):
     out, config = run
     (out / "tokenizer.json").unlink()

@@ -224,6 +224,21 @@ def saved_names(run_dir: str | Path, group: str) -> set[str]:
     return set()
 
 
+def saved_state(run_dir: str | Path) -> dict[str, Any]:
+    """The JSON state of the newest checkpoint whose state can be read, without its tensors; else nothing.
+
+    >>> _ = save("run", 500, {"model": {"weight": torch.ones(2)}}, {"seed": 0})
+    >>> saved_state("run")
+    {'seed': 0}
+    """
+    for path in _steps(Path(run_dir) / "checkpoints"):
+        try:
+            return dict(json.loads((path / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError):  # `load_latest` passes it over too, and says so
+            continue
+    return {}
+
+
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether the run folder holds any finished checkpoint, valid or not."""
     return bool(_steps(Path(run_dir) / "checkpoints"))

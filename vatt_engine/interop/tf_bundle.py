@@ -89,11 +89,6 @@ class TFCheckpoint(Mapping[str, np.ndarray]):
         """Of a tensor, without reading it."""
         return self._entries[name].shape
 
-    def nbytes(self, name: str) -> int:
-        """In the file."""
-        entry = self._entries[name]
-        return math.prod(entry.shape) * np.dtype(TYPES[entry.type]).itemsize if entry.type in TYPES else entry.size
-
     # ------------------------------------------------------------------------------------ what the index promises
 
     def _check(self, name: str, entry: Entry) -> None:

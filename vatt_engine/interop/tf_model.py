@@ -6,7 +6,7 @@ as many numbers as its model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,8 +135,3 @@ def official_model(
             raise
         raise ValueError(f"{checkpoint.index}: {str(error).rstrip('.')}.") from error
     return OfficialModel(checkpoint, names, config, tuple(matches), tuple(report.unused))
-
-
-def is_official(keys: Mapping[str, object]) -> bool:
-    """Whether these keys hold variables of an official model."""
-    return bool(object_names(keys).variables)

@@ -8,8 +8,9 @@ all called ckpt-<step>, so their names tell nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vatt_engine.models import EncoderConfig, VATTConfig, model_config
 from vatt_engine.models.config import (
@@ -110,10 +111,6 @@ def _specific(sizes: _Sizes) -> VATTConfig:
 
 def _agnostic(sizes: _Sizes) -> VATTConfig:
     scope = "unified_module/"
-    patch = sizes.of(f"{scope}voxel_to_patch/kernel", 5)[:3]
-    axes = ("temporal", "vertical", "horizontal")
-    tables = [_table(sizes, f"{scope}video_spatio_temporal_embeddings", axis) for axis in axes]
-    grid = [size * step for size, step in zip(tables, patch)]
     samples = sizes.of(f"{scope}waveform_to_patch/kernel", 3)[0]
     words, width = sizes.of(f"{scope}text_embedding/embeddings", 2)
     last = {modality: sizes.of(f"{scope}{modality}_post_tx_projection/kernel", 2)[1] for modality in _MODALITIES}
@@ -125,7 +122,7 @@ def _agnostic(sizes: _Sizes) -> VATTConfig:
     return VATTConfig(
         name=_nearest("vatt_ma", ("base", "medium", "large"), lambda known: known.shared == shared),
         backbone="agnostic",
-        video=VideoConfig(num_frames=grid[0], frame_size=tuple(grid[1:]), patch=tuple(patch), pre_projection=True),
+        video=VideoConfig(pre_projection=True, **_clip(sizes, scope, "video_spatio_temporal_embeddings")),
         audio=AudioConfig(
             num_samples=samples * _table(sizes, f"{scope}audio_temporal_embeddings", "temporal"),
             patch=(samples,),
@@ -147,17 +144,19 @@ _MODALITIES = ("video", "audio", "text")
 
 def _video(sizes: _Sizes) -> VideoConfig:
     scope = "video_module/"
-    patch = sizes.of(f"{scope}voxel_to_patch/kernel", 5)[:3]
-    axes = ("temporal", "vertical", "horizontal")
-    tables = [_table(sizes, f"{scope}spatio_temporal_embeddings", axis) for axis in axes]
-    grid = [size * step for size, step in zip(tables, patch)]
     return VideoConfig(
-        num_frames=grid[0],
-        frame_size=(grid[1], grid[2]),
-        patch=tuple(patch),
         transformer=_transformer(sizes, f"{scope}transformer/", "video"),
+        **_clip(sizes, scope, "spatio_temporal_embeddings"),
         **_projections(sizes, scope),
     )
+
+
+def _clip(sizes: _Sizes, scope: str, positions: str) -> dict[str, Any]:
+    """Patches of a video tower, and the clip that its tables of positions cover."""
+    patch = sizes.of(f"{scope}voxel_to_patch/kernel", 5)[:3]
+    tables = [_table(sizes, f"{scope}{positions}", axis) for axis in ("temporal", "vertical", "horizontal")]
+    frames, *size = (places * step for places, step in zip(tables, patch))
+    return {"num_frames": frames, "frame_size": tuple(size), "patch": tuple(patch)}
 
 
 def _audio(sizes: _Sizes) -> AudioConfig:
@@ -244,6 +243,6 @@ def _num_layers(sizes: _Sizes, scope: str) -> int:
     return len({match[1] for name in sizes.shapes if (match := pattern.match(name))})
 
 
-def _nearest(kind: str, known: Sequence[str], same) -> str:
+def _nearest(kind: str, known: Sequence[str], same: Callable[[Any], bool]) -> str:
     """The registry's name of the same transformers, else the kind alone."""
     return next((f"{kind}_{size}" for size in known if same(model_config(f"{kind}_{size}"))), kind)

@@ -133,6 +133,18 @@ def read_config(path: str | Path) -> ModelConfig:
     return _read_document(Path(path))[0]
 
 
+def read_frozen(path: str | Path) -> list[str]:
+    """Parameters that the config.json of a model's folder says are not trained.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_config`.
+
+    >>> read_frozen("out/config.json")  # doctest: +SKIP
+    ['text.embedding.weight']
+    """
+    return _read_document(Path(path))[1]
+
+
 def _read_document(path: Path) -> tuple[ModelConfig, list[str]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from vatt_engine.engine.seeds import random_state
 from vatt_engine.interop.deepspeed import Universal, is_universal, read_universal, write_universal
 from vatt_engine.interop.tf_export import write_tf_checkpoint
 from vatt_engine.interop.tf_files import is_tf_checkpoint
-from vatt_engine.models import build_model, from_pretrained, read_config, save_pretrained
+from vatt_engine.models import build_model, from_pretrained, read_config, read_frozen, save_pretrained
 from vatt_engine.models.registry import ModelConfig
 from vatt_engine.schema import ConfigError, PathText
 from vatt_engine.tasks.convert_official import (
@@ -82,7 +82,8 @@ def main(argv: Sequence[str]) -> int:
         moments = {f"model.{name}": value for name, value in found.moments.items()}
         tensors = {"model": found.weights, "optimizer": moments}
         counters = {"finished": found.step, "skipped": 0, "skipped_in_a_row": 0}
-        checkpoint.save(destination, found.step, tensors, {**counters, "random": random_state(), "extra": {}})
+        state = {**counters, "random": random_state(), "extra": {}, "frozen": _frozen(Path(config.source))}
+        checkpoint.save(destination, found.step, tensors, state)
         if (words := _words(config)) is not None:
             words.save(destination / "tokenizer.json")
     elif config.to == "universal":
@@ -172,6 +173,12 @@ def _write_model(found: Universal, config: ConvertConfig, destination: Path) -> 
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"vatt convert: {config.source} must fit the model of its config, got: {reason}") from error
     save_pretrained(model, destination, vocabulary=_words(config))
+
+
+def _frozen(source: Path) -> list[str]:
+    """Tables of word vectors that a model's folder says are not trained."""
+    model = source / "config.json"
+    return read_frozen(model) if model.is_file() else []
 
 
 def _words(config: ConvertConfig) -> Vocabulary | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vatt_engine.data.manifest import Sample
 from vatt_engine.data.words import Vocabulary, load_word_vectors, match_vectors
-from vatt_engine.engine.checkpoint import saved_names
+from vatt_engine.engine.checkpoint import saved_names, saved_state
 from vatt_engine.models import VATT, VATTConfig
 from vatt_engine.schema import ConfigError
 from vatt_engine.tasks.config import PretrainConfig, WordsConfig
@@ -73,8 +73,9 @@ def freeze_as_saved(model: VATT, config: VATTConfig, run_dir: Path) -> bool:
     table = model.word_embedding
     if config.text.freeze_embedding is None:
         trained = {name.rpartition("/")[0] for name in saved_names(run_dir, "optimizer")}
-        names = [name for name, parameter in model.named_parameters() if parameter is table.weight]
-        table.weight.requires_grad_(not trained or f"model.{names[0]}" in trained)
+        [name] = [name for name, parameter in model.named_parameters() if parameter is table.weight]
+        frozen = name in saved_state(run_dir).get("frozen", [])  # `vatt convert` may know it from a model's folder
+        table.weight.requires_grad_(not frozen and (not trained or f"model.{name}" in trained))
     return not table.weight.requires_grad
 
 

@@ -62,7 +62,7 @@ ablation: setup
 # processes that tests start import the package: they find its bytecode, whatever the shell says.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow and not soak") tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(FAST),-m "not slow and not soak and not oracle") tests
 
 # The tests of numbers as other processors add them up: PyTorch, oneDNN, MKL or OpenBLAS, the C library and our native
 # code are told to leave out AVX-512, or AVX too; each with one thread and with two. Tests of compiled code run as native

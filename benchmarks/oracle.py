@@ -3,8 +3,9 @@
 For every media file below the folder, windows of vatt_engine.data.media are compared with what the programs ffmpeg and
 ffprobe decode: pictures by content, so that a wrong number, a mirrored or a turned picture is seen, and sound by
 correlation, so that a shift or a dropout is seen. Windows begin at 0, in the middle (which needs a seek) and near the
-end, at the file's own rate and at 12.5 and 10 frames per second. `--prepared` compares `vatt prepare`'s shards of the same
-files with the raw reading instead. The exit status is 1 if a file differs and no rule of oracle_rules.py explains it.
+end, at the file's own rate and at 12.5 and 10 frames per second. `--prepared` compares `vatt prepare`'s shards of the
+same files with the raw reading instead. The exit status is 1 if a file differs and no rule of oracle_rules.py explains
+it. FOLDER/sources.json may give the revision of each folder in it, {"owner+name": "commit"}, for `--results`.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ from benchmarks.oracle_table import page
 RAW = "Windows of vatt_engine against ffmpeg's own output"
 PREPARED = "Shards of `vatt prepare` against the raw reading"
 
-SUFFIXES = frozenset(
-    "3g2 3gp 264 aac ac3 aif aifc aiff amr ape asf au avi caf dff divx dsf dts dv eac3 ec3 f4v flac flv gif h264 h265 hevc"
-    " ivf m1v m2ts m2v m4a m4b m4v mj2 mjpeg mjpg mka mkv mov mp2 mp3 mp4 mpc mpeg mpg mts mxf nut oga ogg ogm ogv opus"
-    " ra rm spx swf ts tta vob voc w64 wav webm wma wmv wtv wv".split()
-)
+SUFFIXES = """
+    264 3g2 3gp aac ac3 aif aifc aiff amr ape asf au avi caf dff divx dsf dts dv eac3 ec3 f4v flac flv gif h264 h265
+    hevc ivf m1v m2ts m2v m4a m4b m4v mj2 mjpeg mjpg mka mkv mov mp2 mp3 mp4 mpc mpeg mpg mts mxf nut oga ogg ogm ogv
+    opus ra rm spx swf ts tta vob voc w64 wav webm wma wmv wtv wv
+"""
 
 
 def media_files(folder: Path) -> list[Path]:
     """The files below a folder whose suffix is that of picture or sound in time, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix[1:].lower() in SUFFIXES)
+    known = set(SUFFIXES.split())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix[1:].lower() in known)
 
 
 def check_all(folder: Path, paths: Iterable[Path], workers: int) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.oracle_compare import Found, compare_pictures, compare_sound
-from benchmarks.oracle_ffmpeg import RATE, FFmpegError, Truth, fingerprint, truth
-from benchmarks.oracle_rules import REFUSALS, RULES, fraction
+from benchmarks.oracle_ffmpeg import RATE, FFmpegError, Truth, cells_of, fingerprint, truth
+from benchmarks.oracle_rules import DAMAGED, REFUSALS, RULES, fraction
 from vatt_engine.data.media import Media, MediaError
 
 AGREES, BY_RULE, DIFFERS = "agrees", "by rule", "DIFFERS"
@@ -73,7 +74,8 @@ def check(path: Path, name: str = "", reader: Callable[[Path], Any] = Media) -> 
     try:
         right = truth(path, _streams(path))
     except FFmpegError as error:
-        row.verdict, row.detail = (ONLY_OURS if media else NEITHER), str(error)
+        reads = media is not None and not _seen(media, Window(0.0, 25.0, 25)).refused
+        row.verdict, row.detail = (ONLY_OURS if reads else NEITHER), str(error)
         return row
     _describe(row, right)
     if media is None:
@@ -138,8 +140,14 @@ def _seen(media: Any, window: Window) -> Seen:
     except MediaError as error:
         return Seen(window, refused=error.reason)
     real = None if clip.video is None else clip.video[: clip.num_real_frames]
-    prints = None if real is None else torch.stack([fingerprint(picture) for picture in real])
+    prints = None if real is None else prints_of(real)
     return Seen(window, None if real is None else real[0].clone(), prints, clip.audio, clip.num_real_samples)
+
+
+def prints_of(pictures: Tensor) -> Tensor:
+    """The fingerprints of pictures [N, H, W, 3] of one size."""
+    cells = cells_of(*pictures.shape[1:3])
+    return torch.stack([fingerprint(picture, cells) for picture in pictures])
 
 
 def _refused(row: Row, right: Truth, reason: str) -> Row:
@@ -153,11 +161,11 @@ def _refused(row: Row, right: Truth, reason: str) -> Row:
 def _judge(row: Row, right: Truth, duration: float, seen: list[Seen]) -> None:
     """Fill in the verdict: agreement with ffmpeg's output, or with what one or all of the rules make of it."""
     found = _compared(right, duration, seen)
-    rules = [rule for rule in RULES if rule.applies(right)]
     row.verdict = AGREES
     if found.differences:
         row.verdict, row.detail = DIFFERS, "; ".join(dict.fromkeys(found.differences))
-        for chosen in [[rule] for rule in rules] + [rules]:
+        rules = [rule for rule in RULES if rule.applies(right)]
+        for chosen in [subset for size in range(1, len(rules) + 1) for subset in combinations(rules, size)]:
             changed = right
             for rule in chosen:
                 changed = rule.right(changed)
@@ -165,6 +173,9 @@ def _judge(row: Row, right: Truth, duration: float, seen: list[Seen]) -> None:
             if not again.differences:
                 row.verdict, row.detail, found = BY_RULE, ", ".join(rule.name for rule in chosen), again
                 break
+        else:
+            if DAMAGED.applies(right, row.detail):
+                row.verdict, row.detail = BY_RULE, f"{DAMAGED.name}: {row.detail}"
     row.frames, row.told_apart, row.lag_ms = found.frames, found.told_apart, found.lag_ms
     row.snr = None if math.isinf(found.snr) else found.snr
 
@@ -187,7 +198,7 @@ def _compared(right: Truth, duration: float, seen: list[Seen]) -> Found:
             results.append(Found([f"{'no' if item.audio is None else 'a'} sound"]))
         elif right.sound:
             tick = fraction(right.streams["audio"].get("time_base", "0/1"))
-            results.append(compare_sound(item.audio, item.num_real_samples, time, right.sound, tick))
+            results.append(compare_sound(item.audio, item.num_real_samples, time, right.sound, tick, right.noise))
         for result in results:
             differences += [f"{difference} {where}" for difference in result.differences]
             frames, told, snr = frames + result.frames, told + result.told_apart, min(snr, result.snr)

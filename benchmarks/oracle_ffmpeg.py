@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 RATE = 48_000  # Hz of the sound that is compared
-GRID = 32  # a fingerprint has GRID x GRID cells of RGB
+GRID = 32  # a fingerprint has at most GRID x GRID cells of RGB
+CELL = 6  # and a cell at least so many pixels a side: how sharp edges of colour become RGB is a matter of taste
 HOLE = 0.1  # seconds; ffmpeg's aresample, too, fills gaps from here on (min_hard_comp) and ignores smaller ones
 TIME_LIMIT = 600  # seconds for one call of ffmpeg
 # Like the reader: colours interpolated, the mean of the channels instead of a sum that may clip, one float per sample.
@@ -38,7 +39,7 @@ class FFmpegError(RuntimeError):
 class Pictures(NamedTuple):
     """All pictures of a track in the order of output.
 
-    `times` [N] float64 in seconds of the container's clock, `prints` [N, GRID x GRID x 3] float16 (0 to 255), `sizes`
+    `times` [N] float64 in seconds of the container's clock, `prints` [N, rows, columns, 3] float16 (0 to 255), `sizes`
     as (height, width) of each picture after rotation, `interlaced` whether any picture is marked so.
     """
 
@@ -103,12 +104,16 @@ class Truth:
     pictures: Pictures | None
     sound: Sound | None
     complaints: list[str]
+    second_0: float | None = None  # on the container's clock, where a rule says so
+    noise: float = 40.0  # dB of signal to noise that two decodings of the sound must have
 
     @property
     def zero(self) -> float:
         """Second 0 of the windows: the first picture or the first sample, whichever is earlier."""
+        if self.second_0 is not None:
+            return self.second_0
         starts = [float(self.pictures.times.min())] if self.pictures else []
-        return min(starts + [self.sound.start] if self.sound else starts)
+        return min([*starts, self.sound.start] if self.sound else starts)
 
     @property
     def duration(self) -> float:
@@ -174,7 +179,7 @@ def _pictures(path: Path, stream: str, filters: str, complaints: list[str]) -> P
         with _decoding(path, stream, options, log) as output:
             for picture in _ppm(output):
                 sizes.append((picture.shape[0], picture.shape[1]))
-                prints.append(fingerprint(picture).half())
+                prints.append(fingerprint(picture, cells_of(*sizes[0])).half())
         lines = _log_lines(log, complaints)
     times, base, interlaced = [], 1.0, False
     for line in lines:
@@ -202,10 +207,10 @@ def _sound(path: Path, stream: str, complaints: list[str]) -> Sound | None:
             frames.append((None if found[1] == "NOPTS" else int(found[1]), int(found[2]), int(found[3])))
     if not frames or not len(samples):
         return None
-    return Sound(samples, _pieces(frames, len(samples)))
+    return Sound(samples, pieces_of(frames, len(samples)))
 
 
-def _pieces(frames: list[tuple[int | None, int, int]], num_samples: int) -> list[Piece]:
+def pieces_of(frames: list[tuple[int | None, int, int]], num_samples: int) -> list[Piece]:
     """Stretches without a hole, from (time in samples, rate, number of samples) of each decoded frame."""
     starts, done, expected = [], 0.0, None
     for stamp, rate, count in frames:
@@ -239,7 +244,7 @@ class _decoding:
 def _log_lines(log: IO[bytes], complaints: list[str]) -> list[str]:
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
-    complaints += [line for line in lines if "[error]" in line or "[fatal]" in line]
+    complaints += [line for line in lines if ("[error]" in line or "[fatal]" in line) and "non monoton" not in line]
     return lines
 
 
@@ -254,12 +259,16 @@ def _ppm(output: IO[bytes]) -> Iterator[Tensor]:
         yield torch.frombuffer(bytearray(content), dtype=torch.uint8).view(height, width, 3)
 
 
-def fingerprint(picture: Tensor) -> Tensor:
-    """A picture [H, W, 3] as the mean colours of GRID x GRID equal areas, [GRID x GRID x 3] float32."""
+def cells_of(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the fingerprint of a picture."""
+    return min(max(height // CELL, 1), GRID), min(max(width // CELL, 1), GRID)
+
+
+def fingerprint(picture: Tensor, cells: tuple[int, int]) -> Tensor:
+    """A picture [H, W, 3] as the mean colours of equal areas, [rows, columns, 3] float32."""
     height, width, _ = picture.shape
-    rows, columns = _areas(height, GRID), _areas(width, GRID)
-    cells = (rows @ picture.reshape(height, -1).float()).view(-1, width, 3)
-    return torch.einsum("cw,rwk->rck", columns, cells).reshape(-1)
+    rows = (_areas(height, cells[0]) @ picture.reshape(height, -1).float()).view(-1, width, 3)
+    return torch.einsum("cw,rwk->rck", _areas(width, cells[1]), rows)
 
 
 @lru_cache(maxsize=64)

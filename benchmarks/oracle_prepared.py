@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.oracle_check import AGREES, DIFFERS, NEITHER, Row
+from benchmarks.oracle_check import AGREES, DIFFERS, NEITHER, Row, prints_of
 from benchmarks.oracle_compare import Found, compare_pictures, compare_sound
-from benchmarks.oracle_ffmpeg import RATE, Piece, Pictures, Sound, fingerprint
+from benchmarks.oracle_ffmpeg import RATE, Pictures, Piece, Sound
 from vatt_engine.data.manifest import Sample, read_manifest
 from vatt_engine.data.media import Media, MediaError, Track, open_media
 from vatt_engine.data.prepare import PrepareConfig, prepare
@@ -64,7 +64,7 @@ def _compared(raw: Track, duration: float, sample: Sample) -> Found:
     shard = open_media(sample)
     pictures = sound = None
     if raw.video is not None:
-        prints = torch.stack([fingerprint(picture) for picture in raw.video])
+        prints = prints_of(raw.video)
         height, width = shard.info.height, shard.info.width  # both even, which the raw ones need not be
         times = torch.arange(len(prints), dtype=torch.float64) / FPS
         pictures = Pictures(times, prints, [(height, width)] * len(prints), False)
@@ -79,7 +79,7 @@ def _compared(raw: Track, duration: float, sample: Sample) -> Found:
         if (clip.video is None) != (pictures is None) or (clip.num_real_samples > 0 and sound is None):
             results.append(Found(["other tracks"]))
         if clip.video is not None and pictures:
-            real = torch.stack([fingerprint(picture) for picture in clip.video[: clip.num_real_frames]])
+            real = prints_of(clip.video[: clip.num_real_frames])
             times = [clip.start + i / FPS for i in range(len(real))]
             results.append(compare_pictures(clip.video[0], real, times, pictures))
         if sound:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.oracle_ffmpeg import Truth, decoding_times
+from benchmarks.oracle_ffmpeg import HOLE, RATE, Truth, decoding_times
+from benchmarks.oracle_pyav import sound_of_pyav
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,52 @@ def _lacks_what_it_promises(file: Truth, reason: str) -> bool:
     return "as promised" in reason and file.promised is not None and min(ends) < file.promised - 0.1
 
 
+def _is_damaged(file: Truth, _: str) -> bool:
+    """ffmpeg said so, or the stored times go back by more than is missing anywhere."""
+    pieces = file.sound.pieces if file.sound else []
+    ends = [piece.time + (piece.last - piece.first) / RATE for piece in pieces]
+    return bool(file.complaints) or any(end > piece.time + HOLE for end, piece in zip(ends, pieces[1:]))
+
+
+def _stores_its_beginning(file: Truth) -> bool:
+    return any("start_time" in stream for stream in file.streams.values())
+
+
+def _from_the_stored_beginning(file: Truth) -> Truth:
+    """The first time that the container stores, even where the decoder gives nothing for it."""
+    starts = [float(stream["start_time"]) for stream in file.streams.values() if "start_time" in stream]
+    return replace(file, second_0=min(starts))
+
+
+def _is_partly_noise(file: Truth) -> bool:
+    return file.sound is not None and file.streams["audio"].get("codec_name") in NOISY
+
+
+def _with_other_noise(file: Truth) -> Truth:
+    return replace(file, noise=15.0)
+
+
+def _is_newer(file: Truth) -> bool:
+    return file.sound is not None
+
+
+def _by_newer_ffmpeg(file: Truth) -> Truth:
+    """The sound as PyAV's FFmpeg decodes it in one go from the beginning, where the program is older."""
+    sound = sound_of_pyav(file.path)
+    return replace(file, sound=sound) if sound else file
+
+
+NOISY = ("aac", "ac3", "amr_wb", "eac3", "wmapro")  # decoders that draw random numbers for what the codec leaves out
 RULES = (
-    Rule("a bare stream has no times", "B-frames", _is_bare, _in_order_of_output),
-    Rule("only decoding times are stored", "B-frames", _stores_decoding_times, _at_decoding_times),
+    Rule("a bare stream has no times", "no times at all", _is_bare, _in_order_of_output),
+    Rule("only decoding times are stored", "delay of the video codec", _stores_decoding_times, _at_decoding_times),
+    Rule("second 0 is the first stored time", "second 0", _stores_its_beginning, _from_the_stored_beginning),
+    Rule("the decoder draws noise", "seeking", _is_partly_noise, _with_other_noise),
+    Rule("newer FFmpeg, in one go", "sample j", _is_newer, _by_newer_ffmpeg),
 )
-REFUSALS = (
-    Refusal("ffmpeg reports errors too", "damage", lambda file, _: bool(file.complaints)),
-    Refusal("ffmpeg too gives less than promised", "damage", _lacks_what_it_promises),
-)
+DAMAGED = Refusal("ffmpeg reports errors too", "damage that FFmpeg reports", _is_damaged)
+SHORT = Refusal("ffmpeg too gives less than promised", "fewer than promised", _lacks_what_it_promises)
+REFUSALS = (DAMAGED, SHORT)
 
 
 def fraction(text: str) -> float:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks import oracle
-from benchmarks.oracle_check import AGREES, BY_RULE, DIFFERS, check
+from benchmarks.oracle_check import AGREES, DIFFERS, check, prints_of
 from benchmarks.oracle_compare import compare_pictures, compare_sound
-from benchmarks.oracle_ffmpeg import RATE, Piece, Pictures, Sound, fingerprint
+from benchmarks.oracle_ffmpeg import RATE, Pictures, Piece, Sound
 from vatt_engine.data.media import Media
 
 
@@ -20,14 +20,14 @@ def film(num_frames=40, fps=25.0):
     random = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (num_frames, 6, 8, 3), generator=random, dtype=torch.uint8)
     frames = frames.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    prints = torch.stack([fingerprint(frame) for frame in frames]).half()
+    prints = prints_of(frames).half()
     times = torch.arange(num_frames, dtype=torch.float64) / fps
     return frames, Pictures(times, prints, [(48, 64)] * num_frames, False)
 
 
 def pictures_found(frames, right, fps=25.0, start=0.0):
     times = [start + i / fps for i in range(len(frames))]
-    return compare_pictures(frames[0], torch.stack([fingerprint(frame) for frame in frames]), times, right)
+    return compare_pictures(frames[0], prints_of(frames), times, right)
 
 
 def test_right_pictures_agree():
@@ -106,7 +106,9 @@ def test_sound_before_the_first_and_after_the_last_sample():
     wave = noise(1.0)
     right = Sound(wave, [Piece(5.0, 0, len(wave))])
     assert compare_sound(torch.zeros(4800), 0, 1.0, right, 1e-3).differences == []
-    assert compare_sound(torch.zeros(4800), 4800, 1.0, right, 1e-3).differences == ["4800 samples are called real, right 0"]
+    assert compare_sound(torch.zeros(4800), 4800, 1.0, right, 1e-3).differences == [
+        "4800 samples are called real, right 0"
+    ]
     (short,) = compare_sound(torch.zeros(48000), 0, 5.5, right, 1e-3).differences
     assert short == "the sound ends after 0.000 s of the window, right 0.500 s"
 
@@ -154,8 +156,9 @@ vp8/vorbis.webm vp9/opus.webm
 mpeg4/mp3.avi packed/mp3.avi h264/mp3.avi mjpeg/pcm.avi h264/none.avi
 mpeg1/mp2.mpg mpeg2/mp2.mpg mpeg2/ac3.vob mpeg2/mp2.ts h264/aac.ts h264/aac.flv flv1/mp3.flv
 wmv2/wma.wmv theora/vorbis.ogv h263/amr.3gp h264/none.h264 hevc/none.hevc
-none/aac.m4a none/mp3.mp3 none/flac.flac none/opus.ogg none/vorbis.ogg none/pcm.wav none/ima.wav none/ms.wav none/wma.wma
-""".split()
+none/aac.m4a none/mp3.mp3 none/flac.flac none/opus.ogg none/vorbis.ogg none/pcm.wav none/ima.wav none/ms.wav
+none/wma.wma
+"""
 
 
 def make(folder, combination):
@@ -171,7 +174,7 @@ def make(folder, combination):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    for combination in COMBINATIONS:
+    for combination in COMBINATIONS.split():
         make(folder, combination)
     return folder
 

@@ -23,7 +23,7 @@ BLOCK = 960  # samples, 20 ms: a dropout of this length is seen even where the r
 BLOCK_NOISE = 15.0  # dB by which the worst block may be worse than the whole window has to be
 SEARCH = 0.2  # seconds in which a lag is looked for
 END = 0.06  # seconds by which the last real sample may differ; a frame of HE-AAC at 32 kHz has 0.064
-SILENT = 1e-9  # mean square of what counts as silence
+FLOOR = 1e-5  # mean square, -50 dB: noise below a more quiet sound is held against this
 TURNS = ("as it is", "turned left", "upside down", "turned right")
 
 
@@ -113,8 +113,6 @@ def compare_sound(ours: Tensor, num_real: int, time: float, right: Sound, tick: 
     if length < BLOCK:  # too short to tell
         return Found(found)
     wave = ours[:length]
-    if wide[margin : margin + length].square().mean() < SILENT and wave.square().mean() < SILENT:
-        return Found(found)
     allowed = tick + 1 / RATE
     lag, snr, worst = _aligned(wave, wide, mask, margin, round(allowed * RATE) + 1)
     if snr < noise or worst < noise - BLOCK_NOISE:
@@ -160,8 +158,6 @@ def _well_inside(mask: Tensor) -> Tensor:
 def _noise(wave: Tensor, right: Tensor, valid: Tensor) -> tuple[float, float]:
     """Signal to noise in dB, of all and of the worst block, where `valid`."""
     error = ((wave - right) * valid).square()
-    power = float((right * valid).square().mean())
-    if power < SILENT:
-        return (math.inf, math.inf) if float(error.mean()) < SILENT else (-math.inf, -math.inf)
+    power = max(float((right * valid).square().mean()), FLOOR)
     blocks = torch.nn.functional.avg_pool1d(error[None], min(BLOCK, len(error)), min(BLOCK, len(error)))[0]
     return tuple(10 * math.log10(power / max(value, 1e-30)) for value in (float(error.mean()), float(blocks.max())))

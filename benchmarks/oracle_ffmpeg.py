@@ -105,6 +105,7 @@ class Truth:
     sound: Sound | None
     complaints: list[str]
     second_0: float | None = None  # on the container's clock, where a rule says so
+    any_length: bool = False  # whether the file's own length is no more than a guess
     noise: float = 40.0  # dB of signal to noise that two decodings of the sound must have
 
     @property

@@ -89,6 +89,14 @@ def _with_other_noise(file: Truth) -> Truth:
     return replace(file, noise=15.0)
 
 
+def _has_no_length(file: Truth) -> bool:
+    return file.container in BARE_SOUND or _is_bare(file)
+
+
+def _of_any_length(file: Truth) -> Truth:
+    return replace(file, any_length=True)
+
+
 def _is_newer(file: Truth) -> bool:
     return file.sound is not None
 
@@ -99,12 +107,15 @@ def _by_newer_ffmpeg(file: Truth) -> Truth:
     return replace(file, sound=sound) if sound else file
 
 
-NOISY = ("aac", "ac3", "amr_wb", "eac3", "wmapro")  # decoders that draw random numbers for what the codec leaves out
+BARE_SOUND = ("aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "mp3")  # FFmpeg guesses a length from the bit rate
+# Decoders that draw random numbers for what the codec leaves out; that of IMA in QuickTime keeps the last 7 bits.
+NOISY = ("aac", "ac3", "adpcm_ima_qt", "amr_wb", "eac3", "wmapro")
 RULES = (
     Rule("a bare stream has no times", "no times at all", _is_bare, _in_order_of_output),
     Rule("only decoding times are stored", "delay of the video codec", _stores_decoding_times, _at_decoding_times),
     Rule("second 0 is the first stored time", "second 0", _stores_its_beginning, _from_the_stored_beginning),
-    Rule("the decoder draws noise", "seeking", _is_partly_noise, _with_other_noise),
+    Rule("the decoder draws noise, or keeps some of what came before", "seeking", _is_partly_noise, _with_other_noise),
+    Rule("a bare stream has no length", "end of the file", _has_no_length, _of_any_length),
     Rule("newer FFmpeg, in one go", "sample j", _is_newer, _by_newer_ffmpeg),
 )
 DAMAGED = Refusal("ffmpeg reports errors too", "damage that FFmpeg reports", _is_damaged)

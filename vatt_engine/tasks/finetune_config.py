@@ -186,7 +186,7 @@ def sounds() -> FinetuneConfig:
         transformer=transformer,
     )
     sizes = {"num_frames": 0, "num_samples": seconds * rate, "sample_rate": rate, "num_candidates": 0}
-    steps = 2_000
+    steps = 1_000
     return FinetuneConfig(
         out="runs/sounds",
         model=EncoderConfig(name="spt_tiny", modality="audio", audio=audio, num_classes=10, classifier_dropout=0.1),

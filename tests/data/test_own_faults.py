@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import av
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_decoding_in_a_thread(clip, monkeypatch, plant):
     with Loader([Sample(0, 0, clip)], CONFIG) as loader, pytest.raises(class_seen(plant)) as caught:
         next(iter(loader))
     assert f"reading {clip}" in told(caught.value)
-    assert any(str(entry.path).endswith(("streams.py", "pictures.py")) for entry in caught.traceback)
+    assert "pictures.py" in "".join(traceback.format_exception(caught.value))  # in a cause, too
     assert loader.quarantine.num_bad == 0
 
 

@@ -11,12 +11,14 @@ it. FOLDER/sources.json may give the revision of each folder in it, {"owner+name
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,10 +62,17 @@ def check_all(folder: Path, paths: Iterable[Path], workers: int) -> Iterator[Row
                     yield future.result()
                 except BrokenProcessPool:
                     todo.append(path)
+                except Exception as error:  # the reader's or the oracle's own: a difference to look at, not the end
+                    yield Row(str(path.relative_to(folder)), DIFFERS, f"{type(error).__name__}: {error}")
         if todo and workers == 1:
             first = todo.pop(0)
             yield Row(str(first.relative_to(folder)), DIFFERS, "its process died")
         workers = 1  # alone, so that the one that crashes is known
+
+
+def _kept(path: Path | None) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    return [Row(**json.loads(line)) for line in lines]
 
 
 def _write(rows: list[Row], options: argparse.Namespace) -> None:
@@ -90,9 +99,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--prepared", action="store_true", help="compare prepared shards with the raw reading")
     parser.add_argument("--results", type=Path, help="write the table into this folder, as Markdown")
+    parser.add_argument(
+        "--rows", type=Path, help="keep the rows in this JSONL file; what agrees there is not done again"
+    )
     options = parser.parse_args(arguments)
     paths = media_files(options.folder)
-    rows = []
+    rows = [row for row in _kept(options.rows) if row.verdict != DIFFERS]
+    done = {row.path for row in rows}
+    paths = [path for path in paths if str(path.relative_to(options.folder)) not in done]
+    count = len(rows) + len(paths)
     with TemporaryDirectory() as work:
         if options.prepared:
             found = check_prepared(options.folder, paths, Path(work), options.workers)
@@ -101,9 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
         for row in found:
             rows.append(row)
             said = ": ".join(filter(None, (row.path, row.verdict, row.detail)))
-            print(f"{len(rows)}/{len(paths)} {said}", flush=True)
-    if options.results:
-        _write(rows, options)
+            print(f"{len(rows)}/{count} {said}", flush=True)
+            if options.rows:
+                options.rows.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+            if options.results:
+                _write(rows, options)  # each time: hours of work may be stopped at any row
     print(", ".join(f"{count} {verdict}" for verdict, count in Counter(row.verdict for row in rows).items()))
     return int(any(row.verdict == DIFFERS for row in rows))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.oracle_compare import Found, compare_pictures, compare_sound
 from benchmarks.oracle_ffmpeg import RATE, FFmpegError, Truth, cells_of, fingerprint, truth
-from benchmarks.oracle_rules import DAMAGED, REFUSALS, RULES, fraction
+from benchmarks.oracle_rules import DAMAGES, REFUSALS, RULES, fraction
 from vatt_engine.data.media import Media, MediaError
 
 AGREES, BY_RULE, DIFFERS = "agrees", "by rule", "DIFFERS"
@@ -168,7 +168,7 @@ def _judge(row: Row, right: Truth, duration: float, seen: list[Seen]) -> None:
     if found.differences:
         row.verdict, row.detail = DIFFERS, "; ".join(dict.fromkeys(found.differences))
         rules = [rule for rule in RULES if rule.applies(right)]
-        for chosen in [subset for size in range(1, len(rules) + 1) for subset in combinations(rules, size)]:
+        for chosen in [subset for size in (1, 2, 3) for subset in combinations(rules, size)]:
             changed = right
             for rule in chosen:
                 changed = rule.right(changed)
@@ -177,8 +177,9 @@ def _judge(row: Row, right: Truth, duration: float, seen: list[Seen]) -> None:
                 row.verdict, row.detail, found = BY_RULE, ", ".join(rule.name for rule in chosen), again
                 break
         else:
-            if DAMAGED.applies(right, row.detail):
-                row.verdict, row.detail = BY_RULE, f"{DAMAGED.name}: {row.detail}"
+            damage = next((rule for rule in DAMAGES if rule.applies(right, row.detail)), None)
+            if damage:
+                row.verdict, row.detail = BY_RULE, f"{damage.name}: {row.detail}"
     row.frames, row.told_apart, row.lag_ms = found.frames, found.told_apart, found.lag_ms
     row.snr = None if math.isinf(found.snr) else found.snr
 

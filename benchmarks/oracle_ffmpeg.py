@@ -8,6 +8,7 @@ a minute in full size would need gigabytes.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ RATE = 48_000  # Hz of the sound that is compared
 GRID = 32  # a fingerprint has at most GRID x GRID cells of RGB
 CELL = 6  # and a cell at least so many pixels a side: how sharp edges of colour become RGB is a matter of taste
 HOLE = 0.1  # seconds; ffmpeg's aresample, too, fills gaps from here on (min_hard_comp) and ignores smaller ones
+TREMOR = 0.002  # seconds; what containers round, and what adds up of it
 TIME_LIMIT = 600  # seconds for one call of ffmpeg
 # Like the reader: colours interpolated, the mean of the channels instead of a sum that may clip, one float per sample.
 TO_RGB = "showinfo=checksum=0,scale=flags=area+full_chroma_int+accurate_rnd{},format=rgb24"
@@ -59,6 +61,9 @@ class Pictures(NamedTuple):
         return float(self.times.max()) + max(self.step, 0.0)
 
 
+Frame = tuple[int | None, int, int]
+
+
 class Piece(NamedTuple):
     """A stretch of sound without a hole: samples [first, last) of the line, the first of them at `time`."""
 
@@ -68,10 +73,14 @@ class Piece(NamedTuple):
 
 
 class Sound(NamedTuple):
-    """A whole track as mono float32 at RATE, and when its stretches sound, in seconds of the container's clock."""
+    """A whole track as mono float32 at RATE, and when its stretches sound, in seconds of the container's clock.
+
+    `frames` are (time in samples or None, rate, number of samples) of each decoded frame.
+    """
 
     samples: Tensor
     pieces: list[Piece]
+    frames: list[Frame]
 
     @property
     def start(self) -> float:
@@ -119,6 +128,8 @@ class Truth:
     @property
     def duration(self) -> float:
         ends = [track.end for track in (self.pictures, self.sound) if track]
+        if self.pictures and len(self.pictures.times) == 1:  # a still picture: nothing but the file tells
+            ends.append(float(self.pictures.times[0]) + float(self.streams["video"].get("duration", 0)))
         return max(ends) - self.zero
 
 
@@ -147,9 +158,18 @@ def truth(path: Path, streams: dict[str, int]) -> Truth:
         sound = _sound(path, f"0:a:{streams['audio']}", complaints)
     if pictures is None and sound is None:
         raise FFmpegError(complaints[-1] if complaints else "no picture and no sound")
-    form = told["format"]
-    promised = float(form.get("start_time", 0)) + float(form["duration"]) if "duration" in form else None
-    return Truth(path, form["format_name"], described, promised, pictures, sound, complaints)
+    name, promised = told["format"]["format_name"], _promised(told["format"], described)
+    return Truth(path, name, described, promised, pictures, sound, complaints)
+
+
+def _promised(container: dict[str, Any], streams: dict[str, dict[str, Any]]) -> float | None:
+    """The latest end that the container tells of itself or, as Matroska does in a tag, of a stream."""
+    tags = [stream.get("tags", {}).get("DURATION", "") for stream in streams.values()]
+    clocks = [re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", tag) for tag in tags]
+    ends = [sum(float(clock[i]) * 60 ** (3 - i) for i in (1, 2, 3)) for clock in clocks if clock]
+    if "duration" in container:
+        ends.append(float(container.get("start_time", 0)) + float(container["duration"]))
+    return max(ends, default=None)
 
 
 def decoding_times(path: Path) -> list[float]:
@@ -208,21 +228,44 @@ def _sound(path: Path, stream: str, complaints: list[str]) -> Sound | None:
             frames.append((None if found[1] == "NOPTS" else int(found[1]), int(found[2]), int(found[3])))
     if not frames or not len(samples):
         return None
-    return Sound(samples, pieces_of(frames, len(samples)))
+    # A waveform of the reader has no other values; decoders of floats may give some.
+    return Sound(samples.nan_to_num().clamp(-1, 1), pieces_of(frames, len(samples)), frames)
 
 
-def pieces_of(frames: list[tuple[int | None, int, int]], num_samples: int) -> list[Piece]:
-    """Stretches without a hole, from (time in samples, rate, number of samples) of each decoded frame."""
-    starts, done, expected = [], 0.0, None
-    for stamp, rate, count in frames:
-        time = expected if stamp is None else stamp / rate
-        if expected is None or abs((time or 0.0) - expected) > HOLE:
-            starts.append((time or 0.0, round(done)))
-            expected = time or 0.0
+def pieces_of(frames: list[Frame], num_samples: int, *, patience: float = math.inf) -> list[Piece]:
+    """Stretches without a hole; a jump of the times that is smaller than HOLE, too, is one if it stays for `patience`.
+
+    Args:
+        frames: see Sound.
+        num_samples: of all of them, at RATE.
+        patience: seconds.
+    """
+    starts, done, expected, late = [], 0.0, None, 0.0
+    for number, (stamp, rate, count) in enumerate(frames):
+        time = stamp / rate if stamp is not None else expected or 0.0
+        jump = 0.0 if expected is None else time - expected
+        late = late + count / rate if abs(jump) > TREMOR else 0.0
+        if expected is None or abs(jump) > HOLE:
+            starts.append((time, round(done)))
+            expected, late = time, 0.0
+        elif late >= patience:  # it has stayed: the hole is where the jump began
+            first = number
+            while late - frames[first][2] / frames[first][1] > 1e-9:
+                late -= frames[first][2] / frames[first][1]
+                first -= 1
+            back = sum(length * RATE / speed for _, speed, length in frames[first:number])
+            starts.append(((frames[first][0] or 0) / frames[first][1], round(done - back)))
+            expected, late = time, 0.0
         expected += count / rate
         done += count * RATE / rate
     ends = [first for _, first in starts[1:]] + [num_samples]
     return [Piece(time, min(first, num_samples), min(last, num_samples)) for (time, first), last in zip(starts, ends)]
+
+
+def stored_times(path: Path) -> list[float]:
+    """The time that the container stores for each picture, in the order of the decoder's output; of the first track."""
+    frames = _probed(path, "-select_streams", "v:0", "-show_entries", "frame=pts_time").get("frames", [])
+    return [float(frame["pts_time"]) for frame in frames if "pts_time" in frame]
 
 
 class _decoding:

@@ -69,7 +69,7 @@ def _compared(raw: Track, duration: float, sample: Sample) -> Found:
         times = torch.arange(len(prints), dtype=torch.float64) / FPS
         pictures = Pictures(times, prints, [(height, width)] * len(prints), False)
     if raw.audio is not None and raw.num_real_samples:
-        sound = Sound(raw.audio[: raw.num_real_samples], [Piece(0.0, 0, raw.num_real_samples)])
+        sound = Sound(raw.audio[: raw.num_real_samples], [Piece(0.0, 0, raw.num_real_samples)], [])
     differences, frames, told, lag, snr = [], 0, 0, 0.0, math.inf
     if abs(shard.duration - duration) > 1e-3:
         differences.append(f"the shard lasts {shard.duration:.3f} s, right {duration:.3f} s")

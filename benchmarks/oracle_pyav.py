@@ -36,4 +36,4 @@ def sound_of_pyav(path: Path) -> Sound | None:
     if not parts:
         return None
     samples = torch.cat([torch.from_numpy(part.to_ndarray()[0]) for part in parts])
-    return Sound(samples, pieces_of(frames, len(samples)))
+    return Sound(samples.nan_to_num().clamp(-1, 1), pieces_of(frames, len(samples)), frames)

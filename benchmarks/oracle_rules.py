@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
-from benchmarks.oracle_ffmpeg import HOLE, RATE, Truth, decoding_times
+from benchmarks.oracle_ffmpeg import HOLE, RATE, Truth, decoding_times, pieces_of, stored_times
 from benchmarks.oracle_pyav import sound_of_pyav
 
 
@@ -64,11 +65,23 @@ def _lacks_what_it_promises(file: Truth, reason: str) -> bool:
     return "as promised" in reason and file.promised is not None and min(ends) < file.promised - 0.1
 
 
-def _is_damaged(file: Truth, _: str) -> bool:
-    """ffmpeg said so, or the stored times go back by more than is missing anywhere."""
+def _goes_back(file: Truth, _: str) -> bool:
+    """The times that are stored run against the order of the samples or of the decoder's pictures."""
     pieces = file.sound.pieces if file.sound else []
     ends = [piece.time + (piece.last - piece.first) / RATE for piece in pieces]
-    return bool(file.complaints) or any(end > piece.time + HOLE for end, piece in zip(ends, pieces[1:]))
+    stored = stored_times(file.path) if file.pictures and not _is_bare(file) else []
+    back = any(later < earlier for earlier, later in pairwise(stored))
+    return back or any(end > piece.time + HOLE for end, piece in zip(ends, pieces[1:]))
+
+
+def _has_sound(file: Truth) -> bool:
+    return file.sound is not None
+
+
+def _with_small_gaps(file: Truth) -> Truth:
+    """Gaps below 0.1 s that stay are kept, where ffmpeg joins what is on their sides."""
+    sound = file.sound
+    return replace(file, sound=sound._replace(pieces=pieces_of(sound.frames, len(sound.samples), patience=0.5)))
 
 
 def _stores_its_beginning(file: Truth) -> bool:
@@ -97,10 +110,6 @@ def _of_any_length(file: Truth) -> Truth:
     return replace(file, any_length=True)
 
 
-def _is_newer(file: Truth) -> bool:
-    return file.sound is not None
-
-
 def _by_newer_ffmpeg(file: Truth) -> Truth:
     """The sound as PyAV's FFmpeg decodes it in one go from the beginning, where the program is older."""
     sound = sound_of_pyav(file.path)
@@ -115,12 +124,15 @@ RULES = (
     Rule("only decoding times are stored", "delay of the video codec", _stores_decoding_times, _at_decoding_times),
     Rule("second 0 is the first stored time", "second 0", _stores_its_beginning, _from_the_stored_beginning),
     Rule("the decoder draws noise, or keeps some of what came before", "seeking", _is_partly_noise, _with_other_noise),
+    Rule("a gap that stays is kept", "gaps in the sound", _has_sound, _with_small_gaps),
     Rule("a bare stream has no length", "end of the file", _has_no_length, _of_any_length),
-    Rule("newer FFmpeg, in one go", "sample j", _is_newer, _by_newer_ffmpeg),
+    Rule("newer FFmpeg, in one go", "sample j", _has_sound, _by_newer_ffmpeg),
 )
-DAMAGED = Refusal("ffmpeg reports errors too", "damage that FFmpeg reports", _is_damaged)
+DAMAGED = Refusal("ffmpeg reports errors too", "damage that FFmpeg reports", lambda file, _: bool(file.complaints))
+BACK = Refusal("the stored times go back", "damage", _goes_back)
 SHORT = Refusal("ffmpeg too gives less than promised", "fewer than promised", _lacks_what_it_promises)
-REFUSALS = (DAMAGED, SHORT)
+REFUSALS = (DAMAGED, SHORT)  # why a file may be refused
+DAMAGES = (DAMAGED, BACK)  # why a file that is read may differ in a way that no rule tells
 
 
 def fraction(text: str) -> float:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.oracle_check import BY_RULE, NEITHER, ONLY_OURS, Row
-from benchmarks.oracle_rules import REFUSALS, RULES
+from benchmarks.oracle_rules import DAMAGES, REFUSALS, RULES
 
 SOURCES = "sources.json"  # in the folder: the revision or version of each folder in it
 
@@ -36,7 +36,7 @@ def _summary(rows: list[Row], programs: str) -> str:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in Counter(row.verdict for row in rows).most_common())
     kinds = combinations(rows)
     used = Counter(name for row in rows if row.verdict == BY_RULE for name in _names(row))
-    rules = {rule.name: rule.row for rule in (*RULES, *REFUSALS)}
+    rules = {rule.name: rule.row for rule in (*RULES, *REFUSALS, *DAMAGES)}
     lines = [f"{programs}", f"{len(rows)} files: {verdicts}. {len(kinds)} combinations of container and codecs."]
     if used:
         lines += ["", "| rule | row of docs/data.md | files |", "|---|---|---:|"]
@@ -45,7 +45,7 @@ def _summary(rows: list[Row], programs: str) -> str:
 
 
 def _names(row: Row) -> list[str]:
-    return [rule.name for rule in (*RULES, *REFUSALS) if rule.name in row.detail]
+    return [name for name in {rule.name: None for rule in (*RULES, *REFUSALS, *DAMAGES)} if name in row.detail]
 
 
 def _table(rows: Iterable[Row]) -> str:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import oracle
 from benchmarks.oracle_check import AGREES, DIFFERS, check, prints_of
 from benchmarks.oracle_compare import compare_pictures, compare_sound
-from benchmarks.oracle_ffmpeg import RATE, Pictures, Piece, Sound
+from benchmarks.oracle_ffmpeg import RATE, Pictures, Piece, Sound, pieces_of
 from vatt_engine.data.media import Media
 
 
@@ -78,7 +78,7 @@ def noise(seconds, seed=0):
 
 def test_right_sound_agrees_within_a_fraction_of_a_sample():
     wave = torch.sin(torch.arange(2 * RATE) * 0.05) * noise(0.01).repeat(200)[: 2 * RATE]
-    right = Sound(wave, [Piece(10.0, 0, len(wave))])
+    right = Sound(wave, [Piece(10.0, 0, len(wave))], [])
     found = compare_sound(wave[4800:52800], 48_000, 10.1, right, 1e-3)
     assert found.differences == []
     assert abs(found.lag_ms) < 0.01
@@ -88,7 +88,7 @@ def test_right_sound_agrees_within_a_fraction_of_a_sample():
 @pytest.mark.parametrize("late", [480, -480, 100])
 def test_late_sound_is_seen_with_its_lag(late):
     wave = noise(2.0)
-    right = Sound(wave, [Piece(0.0, 0, len(wave))])
+    right = Sound(wave, [Piece(0.0, 0, len(wave))], [])
     found = compare_sound(wave[9600 - late : 57600 - late], 48_000, 0.2, right, 1e-3)
     (difference,) = found.differences
     assert difference.startswith(f"the sound is {1e3 * late / RATE:+.2f} ms late")
@@ -98,19 +98,27 @@ def test_a_dropout_is_seen():
     wave = noise(2.0)
     ours = wave[:48000].clone()
     ours[20000:20480] = 0
-    (difference,) = compare_sound(ours, 48_000, 0.0, Sound(wave, [Piece(0.0, 0, len(wave))]), 1e-3).differences
+    (difference,) = compare_sound(ours, 48_000, 0.0, Sound(wave, [Piece(0.0, 0, len(wave))], []), 1e-3).differences
     assert difference.startswith("the sound has 20 dB, in its worst 20 ms 5 dB")
 
 
 def test_sound_before_the_first_and_after_the_last_sample():
     wave = noise(1.0)
-    right = Sound(wave, [Piece(5.0, 0, len(wave))])
+    right = Sound(wave, [Piece(5.0, 0, len(wave))], [])
     assert compare_sound(torch.zeros(4800), 0, 1.0, right, 1e-3).differences == []
     assert compare_sound(torch.zeros(4800), 4800, 1.0, right, 1e-3).differences == [
         "4800 samples are called real, right 0"
     ]
     (short,) = compare_sound(torch.zeros(48000), 0, 5.5, right, 1e-3).differences
     assert short == "the sound ends after 0.000 s of the window, right 0.500 s"
+
+
+def test_a_gap_that_stays_is_a_hole_where_the_rule_says_so():
+    frames = [(number * 1000 + 330 * (number >= 3), 48_000, 1000) for number in range(80)]
+    assert pieces_of(frames, 80_000) == [Piece(0.0, 0, 80_000)]
+    assert pieces_of(frames, 80_000, patience=1.0) == [Piece(0.0, 0, 3000), Piece(3330 / 48_000, 3000, 80_000)]
+    trembling = [(number * 1000 + 330 * (number % 2), 48_000, 1000) for number in range(80)]
+    assert pieces_of(trembling, 80_000, patience=1.0) == [Piece(0.0, 0, 80_000)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _compared(right: Truth, duration: float, seen: list[Seen]) -> Found:
         if (item.audio is None) != (right.sound is None):
             results.append(Found([f"{'no' if item.audio is None else 'a'} sound"]))
         elif right.sound:
-            tick = fraction(right.streams["audio"].get("time_base", "0/1"))
+            tick = fraction(right.streams["audio"].get("time_base", "0/1")) + right.drift
             results.append(compare_sound(item.audio, item.num_real_samples, time, right.sound, tick, right.noise))
         for result in results:
             differences += [f"{difference} {where}" for difference in result.differences]

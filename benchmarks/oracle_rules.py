@@ -89,9 +89,9 @@ def _stores_its_beginning(file: Truth) -> bool:
 
 
 def _from_the_stored_beginning(file: Truth) -> Truth:
-    """The first time that the container stores, even where the decoder gives nothing for it."""
+    """The first time that the container stores, even where the decoder gives nothing for it; lengths count from it."""
     starts = [float(stream["start_time"]) for stream in file.streams.values() if "start_time" in stream]
-    return replace(file, second_0=min(starts))
+    return replace(file, second_0=min(starts), any_length=file.zero > min(starts) + 0.1)
 
 
 def _is_partly_noise(file: Truth) -> bool:
@@ -100,6 +100,18 @@ def _is_partly_noise(file: Truth) -> bool:
 
 def _with_other_noise(file: Truth) -> Truth:
     return replace(file, noise=15.0)
+
+
+def _with_drift(file: Truth) -> Truth:
+    """A window lies where the stored times near it say, which ffmpeg reads at the beginning of a stretch alone."""
+    off, expected = [0.0], None
+    for stamp, rate, count in file.sound.frames:
+        if stamp is not None and (expected is None or abs(stamp / rate - expected) > HOLE):
+            expected = stamp / rate
+        if expected is not None:
+            off.append(abs(stamp / rate - expected) if stamp is not None else 0.0)
+            expected += count / rate
+    return replace(file, drift=max(off))
 
 
 def _has_no_length(file: Truth) -> bool:
@@ -125,6 +137,7 @@ RULES = (
     Rule("second 0 is the first stored time", "second 0", _stores_its_beginning, _from_the_stored_beginning),
     Rule("the decoder draws noise, or keeps some of what came before", "seeking", _is_partly_noise, _with_other_noise),
     Rule("a gap that stays is kept", "gaps in the sound", _has_sound, _with_small_gaps),
+    Rule("the stored times drift from the samples", "sample j", _has_sound, _with_drift),
     Rule("a bare stream has no length", "end of the file", _has_no_length, _of_any_length),
     Rule("newer FFmpeg, in one go", "sample j", _has_sound, _by_newer_ffmpeg),
 )

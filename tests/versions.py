@@ -226,7 +226,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Versions",
         "",
-        "What `make versions` found: for each Python an environment of the oldest versions that `pyproject.toml`",
+        "```bash",
+        "make versions",
+        "```",
+        "",
+        "What that found: for each Python an environment of the oldest versions that `pyproject.toml`",
         "declares and one of the newest on the day, both without `constraints.txt`. `pip install .`, the main job on",
         "real media (demo data, six steps, resume, prepare, training from shards, retrieval, report), then the fast",
         f"tests of {', '.join(f'`{name}`' for name in TESTS)}, outside the source tree, on a CPU.",

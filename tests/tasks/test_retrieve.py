@@ -18,11 +18,13 @@ from vatt_engine.data.demo import make_world
 from vatt_engine.data.loader import Loader
 from vatt_engine.data.manifest import read_manifest
 from vatt_engine.data.words import Vocabulary
-from vatt_engine.models import create_model, save_pretrained
+from vatt_engine.models import create_model, from_pretrained, save_pretrained
 from vatt_engine.schema import ConfigError, replace
 from vatt_engine.tasks.config import load_config
 from vatt_engine.tasks.pretrain import pretrain
 from vatt_engine.tasks.retrieve import RetrieveConfig, embed_captions, embed_clips, pair, retrieve
+
+OFFICIAL = Path(__file__).parents[1] / "interop" / "tf_checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,37 @@ def test_refuses_a_model_of_one_tower(tmp_path):
     save_pretrained(create_model("vit_base", **{"video.transformer.num_layers": 1}), tmp_path)
     with pytest.raises(ConfigError, match="the model must be a VATT, got vit_base, which has one tower alone"):
         retrieve(RetrieveConfig(run=str(tmp_path), data="x.jsonl"))
+
+
+@pytest.mark.parametrize("average", ["embeddings", "similarities"])
+@pytest.mark.parametrize("name", ["tx", "ut"])
+def test_retrieval_with_a_converted_model(tmp_path, name, average):
+    """Both official variants over four windows, against embeddings of the windows taken one by one."""
+    words = tmp_path / "howto100m_en.txt"
+    words.write_text("\n".join(["<pad>", "<bos>", "<eos>", "<unk>", *(f"word{n}" for n in range(36))]) + "\n")
+    heads = ["--head-dim", *{"tx": ("6", "8"), "ut": ("6",)}[name]]
+    folder = tmp_path / name
+    assert main(["convert", str(OFFICIAL / name), str(folder), "--vocabulary", str(words), *heads]) == 0
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for number in range(5):
+        frames = torch.randint(0, 256, (20, 24, 24, 3), dtype=torch.uint8, generator=generator)
+        write_media(tmp_path / f"{number}.mkv", frames, fps=10)
+        caption = {"text": f"word{number} word{number + 7}", "start": 0, "end": 2}
+        rows.append(json.dumps({"path": f"{number}.mkv", "captions": [caption]}) + "\n")
+    (tmp_path / "clips.jsonl").write_text("".join(rows))
+    settings = {"run": str(folder), "data": str(tmp_path / "clips.jsonl"), "device": "cpu", "average": average}
+    found = retrieve(RetrieveConfig(out=str(tmp_path / "out"), **settings))["tasks"]["text -> video"]
+
+    model, samples = from_pretrained(folder), read_manifest(tmp_path / "clips.jsonl")
+    data = DataConfig(num_frames=6, frame_size=20, num_samples=0, num_candidates=0, num_windows=4)
+    with Loader(samples, data, train=False, batch_size=1) as loader, torch.no_grad():
+        windows = [(batch.sample_id.item(), model(batch).video_text[0]) for batch in loader]
+    texts = embed_captions(model, Vocabulary.load(folder / "tokenizer.json"), samples, model.config.text.max_words, 5)
+    scores = torch.zeros(5, 5)
+    for column, sample in enumerate(samples):
+        seen = torch.stack([row for one, row in windows if one == sample.id])
+        seen = F.normalize(seen, dim=1) if average == "similarities" else F.normalize(seen.sum(0, keepdim=True), dim=1)
+        scores[:, column] = torch.stack([(seen @ texts[text.id]).mean() for text in samples])
+    ranks = (scores > scores.diagonal()[:, None]).sum(1)
+    assert found["R@1"] == pytest.approx(100 * (ranks == 0).float().mean().item())
+    assert found["MedR"] == pytest.approx(ranks.float().median().item() + 1)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vatt_engine.data.frame_times import is_bare, rate_of, seconds_of, step_of
 
-ESTIMATED = {"mp3", "aac", "ac3", "eac3"}  # sound without a container: FFmpeg guesses a length
+ESTIMATED = {"mp3", "aac", "ac3", "eac3", "amr", "amrnb", "amrwb"}  # sound without a container: FFmpeg guesses a length
 WHOLE_FILE = {"asf"}  # containers that tell how long the file is, which FFmpeg says of every track
 FROM_ZERO = ("matroska,webm", "flv", "nut")  # their length counts from the clock's 0, not from the first frame
 STILL = 0.04  # seconds that a picture without any time lasts

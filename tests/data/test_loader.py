@@ -167,9 +167,9 @@ def test_the_cache_decodes_once(samples, monkeypatch):
     opened = []
     open_media = clips.open_media
 
-    def counted(sample, limits):
+    def counted(sample, limits, **form):
         opened.append(sample.path)
-        return open_media(sample, limits)
+        return open_media(sample, limits, **form)
 
     monkeypatch.setattr(clips, "open_media", counted)
     take(Loader(samples, replace(SMALL, cache="memory", num_windows=3), train=False), 99)

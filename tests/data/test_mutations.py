@@ -140,12 +140,13 @@ def check_every_mutation(folder, monkeypatch, suffix, count):
     monkeypatch.setattr(workers, "PROGRAM", COUNTING)
     samples = write_mutations(folder, suffix, count)
     pool = Workers(CONFIG, train=False)
-    clean, note = pool.check(Sample(0, 0, folder / f"clean.{suffix}"), 0, 0)
+    clean, note, _ = pool.check(Sample(0, 0, folder / f"clean.{suffix}"), 0, 0)
     assert note == ""
 
     def outcome(sample):
         try:
-            return fault_of(clean, *pool.check(sample, 0, 0))
+            found, note, _ = pool.check(sample, 0, 0)
+            return fault_of(clean, found, note)
         except MediaError as error:
             ended = error.reason.startswith("decoding must")
             return f"CRASH OR HANG: {error.reason}" if ended else "error"

@@ -1,4 +1,4 @@
-"""ops.nce and ops.mil_nce: exactness of every implementation, masks, temperatures, memory."""
+"""ops.nce and ops.mil_nce: exactness of every implementation, masks, temperatures."""
 
 import math
 import sys
@@ -391,26 +391,6 @@ def test_autocast_does_not_lower_the_precision(impl):
             results.append((loss.detach(), *torch.autograd.grad(loss, v)))
     assert results[0][0].item() == results[1][0].item()
     assert torch.equal(results[0][1], results[1][1])
-
-
-def test_saves_no_matrix():
-    """Autograd keeps the inputs and vectors: O(B D), no tensor of the size of the similarities."""
-    saved = {}
-    rows, candidates, dim = 256, 2, 8
-    video, text = randn(rows, dim).requires_grad_(), randn(rows, candidates, dim, seed=1).requires_grad_()
-    mask = torch.arange(rows) % 2 == 0
-
-    def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
-        return x
-
-    for form in FORMS:
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = mil_nce(video, text, torch.tensor([0.07], requires_grad=True), mask=mask, form=form)
-        assert max(saved.values()) == text.numel()
-        assert sum(saved.values()) <= video.numel() + text.numel() + 32 * rows
-        loss.backward()
 
 
 def test_repeats_bit_for_bit():
